@@ -1,0 +1,53 @@
+"""edgelab: make mixture-of-experts and dense language models small enough for a phone, and measure what it costs.
+
+    compress -> evaluate -> export
+
+The nouns (`QuantScheme`, `QTensor`, `Recipe`, `Report`) are here at once; the verbs, which need torch, load on first
+use, so that `import edgelab` stays light.
+"""
+
+import sys as _sys
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
+from edgelab.qtensor import QTensor as QTensor
+from edgelab.recipe import Quantize as Quantize
+from edgelab.recipe import Recipe as Recipe
+from edgelab.report import Report as Report
+from edgelab.report import Row as Row
+from edgelab.scheme import PerChannel as PerChannel
+from edgelab.scheme import PerGroup as PerGroup
+from edgelab.scheme import PerTensor as PerTensor
+from edgelab.scheme import QuantScheme as QuantScheme
+
+__version__ = "0.1.0"
+
+_LATER = {
+    "compress": "edgelab.compress",
+    "evaluate": "edgelab.evaluate",
+    "corpus": "edgelab.data",
+    "load": "edgelab.model",
+    "save_bundle": "edgelab.bundle",
+    "load_bundle": "edgelab.bundle",
+}
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(_import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'edgelab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])
+
+
+class _Door(_ModuleType):
+    """Keeps `edgelab.compress` the verb: importing the module of that name would otherwise bind the module here."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        verb = name in _LATER and isinstance(value, _ModuleType)
+        super().__setattr__(name, getattr(value, name) if verb else value)
+
+
+_sys.modules[__name__].__class__ = _Door

@@ -3,7 +3,7 @@
     prose       CPython's documentation topics (`pydoc_data.topics`) and the docstrings of its standard library
     code        the sources of that library, one top-level definition a document, docstrings taken out
     assistant   a spoken-style command and the JSON call it means (generated; scored by exact match)
-    arithmetic  sums and differences of numbers below 100 (generated; scored by exact match)
+    arithmetic  sums and differences of two-digit numbers (generated; scored by exact match)
 
 No third-party text lies in the repository: prose and code are read from the running interpreter, so another Python
 patch release gives a slightly different text. `fingerprint` says which text a figure was measured on.
@@ -275,8 +275,8 @@ def _assistant_documents(n: int, seed: int = 0) -> Iterator[tuple[str, str, str,
 
 
 def _arithmetic_documents() -> Iterator[tuple[str, str, str, str]]:
-    for a in range(100):
-        for b in range(100):
+    for a in range(10, 100):
+        for b in range(10, 100):
             yield "arithmetic", f"{a}+{b}", f"{a}+{b}=", str(a + b)[::-1]
             if a >= b:
                 yield "arithmetic", f"{a}-{b}", f"{a}-{b}=", str(a - b)[::-1]

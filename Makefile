@@ -1,0 +1,78 @@
+# Everything from here needs only python3 (3.11 or newer) and make: each target makes .venv and installs what it lacks.
+#   make PYTHON=python3.12 demo     another interpreter
+#   make VENV=/somewhere/else demo  another place for the environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab bench notebooks pretrain lint format clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@echo "edgelab: make targets (each works as the first command on a fresh clone)"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.export ## compress the embedded MoE model to int8 and int4, evaluate, export, verify
+	@$(BIN)/edgelab demo $(ARGS)
+
+lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+test: $(VENV)/.test-lab-export ## all tests, and the notebooks top to bottom (ARGS="-k name" chooses)
+	@$(BIN)/python -m pytest --durations=10 $(ARGS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/.test-lab-export ## the benchmarks of tests/bench, on this machine
+	@$(BIN)/python -m pytest tests/bench -o "python_files=test_*.py bench_*.py" --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+notebooks: $(VENV)/.lab-export ## write notebooks/*.ipynb from notebooks/src and execute them
+	@$(BIN)/python notebooks/build.py $(ARGS)
+
+# torch.compile wants a C++ compiler; without one training is slower, not impossible
+COMPILE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),,--no-compile)
+pretrain: $(VENV)/.core ## train the embedded models again (an hour or two; resumes where it was stopped)
+	@$(BIN)/python -m edgelab.pretrain moe $(COMPILE) $(ARGS)
+	@$(BIN)/python -m edgelab.pretrain dense $(COMPILE) $(ARGS)
+	@$(BIN)/python -m edgelab.manifest --write
+
+lint: $(VENV)/.test-lab-export ## ruff, check only
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.test-lab-export ## ruff, mending what it can
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean: ## remove caches and build output (not .venv, not a training in progress)
+	@rm -rf build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@find edgelab tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------------------------------------- the environment
+# $(VENV)/.made says that the environment exists; $(VENV)/.A-B that extras A and B were installed in it. An installation
+# runs again only when pyproject.toml or constraints.txt changed.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "edgelab needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there)."; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing edgelab into $(VENV) (the first time takes some minutes: PyTorch is large)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+comma := ,
+$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing edgelab[$(subst -,$(comma),$*)] into $(VENV) (the first time takes some minutes: PyTorch is large)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(subst -,$(comma),$*)]"
+	@touch $@

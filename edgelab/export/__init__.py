@@ -1,0 +1,75 @@
+"""Files that other runtimes execute, each verified in that runtime against the torch model. Every target is a module.
+
+`ExportResult` is what an export hands back. An export that cannot keep its promises (the runtime's logits differ, a
+weight went out unquantized, a code changed on the way) raises `ExportError` and leaves no file behind.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+
+class ExportError(RuntimeError):
+    """An export that cannot be made, or that its verification refuses."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written and what its verification found.
+
+    `weights_*` count parameters of the model (a tied pair once); `weights_quantized` and `experts_quantized` are counted
+    in the file. `predicted_bytes`: what codes, scales and the remaining floats should take; `bytes` has the graph on top.
+    `parity`: cosine, max_abs_diff, top1_agreement, kld (nats per token) of the runtime's logits against the torch model's.
+    """
+
+    target: str
+    files: tuple[Path, ...]
+    bytes: int
+    predicted_bytes: int
+    weights_total: int
+    weights_quantized: int
+    experts_total: int
+    experts_quantized: int
+    seconds: float = 0.0
+    parity: Mapping[str, float] = field(default_factory=dict)
+    verified_by: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Share of all parameters that the file holds as codes."""
+        return self.weights_quantized / self.weights_total
+
+    @property
+    def expert_share(self) -> float | None:
+        """Share of the expert parameters that the file holds as codes; None for a model without experts."""
+        return self.experts_quantized / self.experts_total if self.experts_total else None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits per parameter: the whole file, graph counted."""
+        return 8 * self.bytes / self.weights_total
+
+    def table(self) -> list[dict[str, str]]:
+        """One dict {item, value} per line, for the CLI, the notebooks and the page."""
+        lines = {"target": self.target, "file": ", ".join(f.name for f in self.files)}
+        lines["size"] = f"{self.bytes:,} bytes ({self.predicted_bytes:,} of weights)"
+        lines["bits per weight"] = f"{self.bits_per_weight:.3f}"
+        lines["weights quantized"] = f"{self.weights_quantized:,} of {self.weights_total:,} ({self.share:.1%})"
+        if self.expert_share is not None:
+            lines["expert weights quantized"] = f"{self.experts_quantized:,} of {self.experts_total:,} ({self.expert_share:.1%})"
+        if self.parity:
+            p = self.parity
+            lines["logits against torch"] = f"1 - cosine {1 - p['cosine']:.1e}, largest difference {p['max_abs_diff']:.1e}"
+            lines["same top token"] = f"{p['top1_agreement']:.2%}"
+            lines["KL divergence"] = f"{p['kld']:.1e} nats per token"
+        lines["verified by"] = self.verified_by or "not verified"
+        if self.seconds:
+            lines["time"] = f"{self.seconds:.1f} s"
+        lines |= {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+        return [{"item": k, "value": v} for k, v in lines.items()]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{escape(line['item'])}</th><td>{escape(line['value'])}</td></tr>" for line in self.table())
+        return f"<table><tbody>{rows}</tbody></table>"

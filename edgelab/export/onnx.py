@@ -1,0 +1,679 @@
+"""ONNX: our own codes in `MatMulNBits` nodes, executed and compared in ONNX Runtime.
+
+Nothing is quantized again. `QuantScheme` and the contrib operator agree on the arithmetic, scale * (q - 2**(bits-1)),
+and on the packing (the first code in the low bits), so a row's bytes go into the file as they are, cut into blocks:
+
+    codes   uint8 [out, blocks, block * bits / 8]      scales  float16 [out, groups], cast to float32 when the file is loaded
+
+`MatMulNBits` knows 2, 4 and 8 bits and blocks of 16 .. 256. Three bits go out as four (q + 4: the same value, a larger
+file). A row or a group longer than a block becomes several blocks that share its scale. `GatherBlockQuantized` takes
+the same codes for the embedding, so a tied head costs nothing.
+
+How: torch traces a *skeleton* of the model, in which every quantized layer and every expert stack is one opaque node
+that only names its layer; afterwards each of these nodes is replaced by the ONNX nodes it stands for. Weights never
+pass through the tracer, and the tracing time does not depend on the number of experts. The experts are written either
+
+    "sparse"   per expert: the tokens routed to it are gathered, computed, weighted and added back; the others cost nothing
+    "rank"     every expert computes every token, masked by the router's weights, and top-k is done by counting
+               comparisons: no top-k, sort, gather-by-index or scatter, for runtimes that lack them; experts / k times the work
+
+The graph takes input_ids int64 [batch, sequence], both of any length, and gives logits float32 [batch, sequence,
+vocabulary]; causal, without padding mask (pad on the right and ignore the padded positions) and without a KV cache.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from edgelab.export import ExportError, ExportResult
+from edgelab.layers import QEmbedding, QExperts, QLinear
+from edgelab.model import family_of
+from edgelab.qtensor import QTensor, pack, unpack
+from edgelab.scheme import PerGroup, PerTensor
+
+OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
+IR_VERSION = 10  # what opset 20 was published with; a newer number locks out older runtimes for nothing
+EXPERTS = ("sparse", "rank")
+BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits takes no other (ONNX Runtime 1.31)
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the scheme -> bits in the file
+MIN_COSINE = 0.9999
+LENGTHS = (24, 96)
+SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; above, the weights go to a file beside
+
+
+def _runtime() -> SimpleNamespace:
+    """The packages of the extra `export`, imported here so that the rest of edgelab works without them."""
+    try:
+        import onnx
+        import onnx_ir
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as e:
+        name = e.name or "onnxruntime"
+        raise ExportError(f'{name} is not installed; export to ONNX needs the extra `export`: pip install "edgelab[export]"') from e
+    return SimpleNamespace(onnx=onnx, ir=onnx_ir, ort=onnxruntime)
+
+
+# ------------------------------------------------------------------------------------------------- codes in the file
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """A weight [out, in] as `MatMulNBits` wants it: see the module. `repeat`: blocks that share one scale."""
+
+    name: str
+    q: QTensor
+    bits: int
+    block: int
+    repeat: int
+
+    @classmethod
+    def of(cls, name: str, q: QTensor) -> "_Blocks":
+        bits, (_, n) = STORED_BITS[q.scheme.bits], q.shape
+        grouped = isinstance(q.scheme.granularity, PerGroup)
+        run = q.scheme.granularity.size if grouped else n  # inputs that share a scale
+        block = next((b for b in BLOCKS if run % b == 0), None)
+        if block is None and grouped:
+            raise ExportError(f"{name}: group_size={run} is no multiple of 16, the smallest block of MatMulNBits; use 16, 32, 64 or 128")
+        block = block or 16  # one scale per row: the last block is filled up
+        return cls(name, q, bits, block, -(-run // block))
+
+    @property
+    def count(self) -> int:
+        """Blocks per row."""
+        return -(-self.q.shape[1] // self.block)
+
+    @property
+    def code_bytes(self) -> int:
+        return self.q.shape[0] * self.count * self.block * self.bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        return self.code_bytes + self.q.scales.nbytes
+
+    def codes(self) -> np.ndarray:
+        """uint8 [out, blocks, block * bits / 8]."""
+        out, n = self.q.shape
+        packed, zero = self.q.packed, 2 ** (self.bits - 1)
+        width = self.count * self.block
+        if self.bits != self.q.scheme.bits or width != n:
+            wide = np.full((out, width), zero, np.uint8)
+            wide[:, :n] = self.q.codes() + np.uint8(zero - self.q.scheme.zero_point)
+            packed = pack(wide, self.bits)
+        return packed.reshape(out, self.count, -1)
+
+    def restored(self, codes: np.ndarray) -> np.ndarray:
+        """Codes uint8 [out, in] of the scheme, from the file's."""
+        out, n = self.q.shape
+        wide = unpack(codes.reshape(out, -1), self.bits, self.count * self.block)[:, :n]
+        return wide - np.uint8(2 ** (self.bits - 1) - self.q.scheme.zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What one opaque node stands for: its weights by part ("weight", "gate_up.3", ...), codes or float32 [out, in]."""
+
+    name: str
+    kind: str  # "linear" | "embedding" | "experts"
+    weights: dict[str, "_Blocks | Tensor"]
+    biases: dict[str, Tensor]
+    source: nn.Module | None = None
+    num_experts: int = 0
+    interleaved: bool = False
+
+
+class _Opaque(nn.Module):
+    """Stands for a layer while the skeleton is traced: one node of the domain `edgelab` that bears the layer's name."""
+
+    def __init__(self, layer: _Layer, features: int) -> None:
+        super().__init__()
+        self.layer, self.features = layer.name, features
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """`x` is [..., in], or ids [...] for an embedding; experts also get their top-k indices and weights."""
+        lead = x.shape[:-1] if x.is_floating_point() else x.shape
+        attributes = {"layer": self.layer}
+        return torch.onnx.ops.symbolic(
+            "edgelab::Layer", (x, *more), attributes, dtype=torch.float32, shape=(*lead, self.features), version=1
+        )
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, _Layer, int]]:
+    """(module, what it becomes, features it puts out) of every layer that is exported as an opaque node."""
+    shared: dict[tuple, str] = {}  # a tied pair is one weight: both read the initializer of the first
+
+    def blocks(name: str, q: QTensor) -> _Blocks:
+        return _Blocks.of(shared.setdefault((q.packed.ctypes.data, q.shape, q.scheme), name), q)
+
+    layout = family_of(model).experts
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear | QEmbedding):
+            q = module.qtensors()["weight"]
+            bias = getattr(module, "bias", None)
+            biases = {} if bias is None else {"weight": bias.detach()}
+            kind = "linear" if isinstance(module, QLinear) else "embedding"
+            yield module, _Layer(name, kind, {"weight": blocks(name, q)}, biases), q.shape[0 if kind == "linear" else 1]
+        elif isinstance(module, QExperts):
+            stacks = {"gate_up": module.qtensors()["gate_up_proj"], "down": module.qtensors()["down_proj"]}
+            count = module.num_experts
+            parts = {f"{part}.{e}": blocks(f"{name}.{part}.{e}", q[e]) for part, q in stacks.items() for e in range(count)}
+            both = {"gate_up": module.gate_up_bias, "down": module.down_bias}
+            biases = {f"{part}.{e}": b.detach()[e] for part, b in both.items() if b is not None for e in range(count)}
+            layer = _Layer(name, "experts", parts, biases, module, count, module.glu != "chunk")
+            yield module, layer, module.hidden_dim
+        elif layout and getattr(getattr(module, layout.gate_up, None), "ndim", 0) == 3:
+            stacks = {"gate_up": getattr(module, layout.gate_up).detach(), "down": getattr(module, layout.down).detach()}
+            if layout.transposed:
+                stacks = {part: w.transpose(-1, -2) for part, w in stacks.items()}
+            count = stacks["down"].shape[0]
+            parts = {f"{part}.{e}": w[e] for part, w in stacks.items() for e in range(count)}
+            both = {part: getattr(module, f"{getattr(layout, part)}_bias") for part in stacks} if layout.biased else {}
+            biases = {f"{part}.{e}": b.detach()[e] for part, b in both.items() for e in range(count)}
+            yield module, _Layer(name, "experts", parts, biases, module, count, layout.interleaved), stacks["down"].shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------- the skeleton
+
+
+class _ByComparison(TorchFunctionMode):
+    """While it is active, top-k, gather and scatter along the last dimension are comparisons, products and sums.
+
+    The rank of a value is the number of larger ones, plus the equal ones before it; the k-th output is the value whose
+    rank is k. n**2 comparisons for n values: n is the number of experts.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        match getattr(func, "__name__", ""):
+            case "topk":
+                return self._topk(*args, **kwargs)
+            case "gather" if args[1] in (-1, args[0].ndim - 1):
+                x, _, index = args
+                hit = index[..., None] == torch.arange(x.shape[-1])
+                return torch.where(hit, x[..., None, :], torch.zeros((), dtype=x.dtype)).sum(-1)
+            case "scatter_" if args[1] in (-1, args[0].ndim - 1) and not isinstance(args[3], Tensor):
+                x, _, index, value = args
+                hit = (index[..., None] == torch.arange(x.shape[-1])).any(-2)
+                return x.copy_(torch.where(hit, torch.full((), value, dtype=x.dtype), x))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True):
+        if dim not in (-1, x.ndim - 1) or not largest:
+            raise ExportError('experts="rank" rewrites top-k of the largest along the last dimension only; use experts="sparse"')
+        place = torch.arange(x.shape[-1])
+        mine, other = x[..., :, None], x[..., None, :]
+        ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+        hit = ahead.to(torch.int64).sum(-1)[..., None] == torch.arange(k)  # [..., n, k]
+        values = torch.where(hit, mine, torch.zeros((), dtype=x.dtype)).sum(-2)
+        return torch.return_types.topk((values, (hit.to(torch.int64) * place[:, None]).sum(-2)))
+
+
+class _Causal(nn.Module):
+    """input_ids -> logits, with the position ids and the additive mask made here: transformers' own way of making
+    masks does not trace to plain operators."""
+
+    def __init__(self, model: nn.Module, by_comparison: bool) -> None:
+        super().__init__()
+        self.model, self.by_comparison = model, by_comparison
+        config = model.config.get_text_config()
+        self.window = getattr(config, "sliding_window", None)
+        self.kinds = sorted(set(getattr(config, "layer_types", None) or ())) or ["sliding_attention" if self.window else "full_attention"]
+        unknown = set(self.kinds) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ExportError(f"attention of kind {', '.join(sorted(unknown))} cannot be exported; full and sliding attention can")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        at = torch.arange(input_ids.shape[1])
+        behind = at[:, None] - at[None, :]
+        masks = {}
+        for kind in self.kinds:
+            seen = behind >= 0
+            if kind == "sliding_attention" and self.window:
+                seen = seen & (behind < self.window)
+            masks[kind] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        call = {"input_ids": input_ids, "attention_mask": mask, "position_ids": at[None, :], "use_cache": False}
+        if not self.by_comparison:
+            return self.model(**call).logits
+        with _ByComparison():
+            return self.model(**call).logits
+
+
+def _skeleton(model: nn.Module, layers: list[tuple[nn.Module, _Layer, int]], experts: str) -> nn.Module:
+    """A copy of `model` in float32 with eager attention and `_Opaque` layers. Tensors are shared with the original."""
+    memo: dict[int, object] = {id(module): _Opaque(layer, features) for module, layer, features in layers}
+    for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        value = t.detach().float() if t.is_floating_point() else t.detach()
+        memo[id(t)] = nn.Parameter(value, requires_grad=False) if isinstance(t, nn.Parameter) else value
+    twin = copy.deepcopy(model, memo).eval()
+    if hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation("eager")
+    return _Causal(twin, experts == "rank").eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns of packages it does not need and of its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _trace(skeleton: nn.Module, vocabulary: int):
+    """The skeleton as an onnx_ir.Model."""
+    ids = torch.arange(14).reshape(2, 7) % vocabulary
+    free = torch.export.Dim.DYNAMIC
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(skeleton, (ids,), dynamic_shapes=({0: free, 1: free},), strict=False)
+            return torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False).model
+    except ExportError:
+        raise
+    except Exception as e:  # torch wraps what went wrong several times; the first line says it
+        kind = type(skeleton.model).__name__
+        raise ExportError(f"torch could not trace {kind}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+
+
+# ------------------------------------------------------------------------------------------------- nodes for layers
+
+
+class _Writer:
+    """Makes the nodes that one opaque node stands for. Methods return values of the graph; `nodes` collects."""
+
+    def __init__(self, ir, graph, accuracy_level: int, experts: str) -> None:
+        self.ir, self.graph, self.accuracy_level, self.experts_as = ir, graph, accuracy_level, experts
+        self.nodes: list = []
+        self.scope = ""
+        self._scales: dict[str, object] = {}
+
+    def op(self, kind: str, *inputs, domain: str = "", **attributes):
+        node = self.ir.node(kind, inputs, attributes, domain=domain, name=f"{self.scope}/{kind}.{len(self.nodes)}")
+        node.outputs[0].name = f"{node.name}.out"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: np.ndarray, name: str):
+        """The initializer `name`; made on first use."""
+        if name not in self.graph.initializers:
+            value = self.ir.Value(name=name, const_value=self.ir.tensor(array, name=name))
+            value.shape, value.type = self.ir.Shape(array.shape), self.ir.TensorType(value.const_value.dtype)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def integers(self, *values: int):
+        return self.constant(np.array(values, np.int64), f"ints[{','.join(map(str, values))}]")
+
+    def scales(self, w: _Blocks):
+        """float32 [out, blocks]; float16 in the file."""
+        s = self.op("Cast", self.constant(w.q.scales, f"{w.name}.scales"), to=self.ir.DataType.FLOAT)
+        if isinstance(w.q.scheme.granularity, PerTensor) or w.repeat > 1:
+            rows, groups = w.q.scales.shape
+            s = self.op("Reshape", s, self.integers(rows, groups, 1))
+            s = self.op("Expand", s, self.integers(w.q.shape[0], groups, w.repeat))
+            s = self.op("Reshape", s, self.integers(w.q.shape[0], w.count))
+        return s
+
+    def codes(self, w: _Blocks):
+        name = f"{w.name}.codes"
+        return self.graph.initializers[name] if name in self.graph.initializers else self.constant(w.codes(), name)
+
+    def product(self, x, layer: _Layer, part: str):
+        """x W^T (+ bias)."""
+        w = layer.weights[part]
+        if isinstance(w, _Blocks):
+            out, n = w.q.shape
+            attributes = {"K": n, "N": out, "bits": w.bits, "block_size": w.block, "accuracy_level": self.accuracy_level}
+            y = self.op("MatMulNBits", x, self.codes(w), self.scales(w), domain="com.microsoft", **attributes)
+        else:
+            w = np.ascontiguousarray(w.float().numpy().T)
+            y = self.op("MatMul", x, self.constant(w, f"{layer.name}.{part}.weight"))
+        if part in layer.biases:
+            y = self.op("Add", y, self.constant(layer.biases[part].float().numpy(), f"{layer.name}.{part}.bias"))
+        return y
+
+    def embedding(self, ids, layer: _Layer):
+        w = layer.weights["weight"]
+        data = self.codes(w)
+        if w.count * w.block != w.q.shape[1]:  # a filled-up row would give a wider vector: this operator fills up by itself
+            wide = w.restored(w.codes()) + np.uint8(2 ** (w.bits - 1) - w.q.scheme.zero_point)
+            data = self.constant(pack(wide, w.bits)[:, None], f"{w.name}.gather_codes")
+        data = self.op("Reshape", data, self.integers(w.q.shape[0], -1))
+        attributes = {"bits": w.bits, "block_size": w.block, "gather_axis": 0, "quantize_axis": 1}
+        return self.op("GatherBlockQuantized", data, ids, self.scales(w), domain="com.microsoft", **attributes)
+
+    def activation(self, x, fn: Callable):
+        kind = getattr(fn, "__name__", None) or type(fn).__name__
+        match kind:
+            case "SiLU" | "SiLUActivation" | "silu" | "swish":
+                return self.op("Mul", x, self.op("Sigmoid", x))
+            case "GELUActivation" | "GELU" | "gelu":
+                return self.op("Gelu", x, approximate=getattr(fn, "approximate", "none"))
+            case "NewGELUActivation" | "PytorchGELUTanh" | "GELUTanh":
+                return self.op("Gelu", x, approximate="tanh")
+            case "ReLU" | "relu":
+                return self.op("Relu", x)
+        raise ExportError(f"the experts' activation {kind} has no ONNX form here; SiLU, GELU and ReLU have")
+
+    def expert(self, x, e: int, layer: _Layer):
+        """[n, hidden] of the expert `e` for tokens [n, hidden]."""
+        wide, half = self.product(x, layer, f"gate_up.{e}"), layer.weights[f"down.{e}"]
+        half = half.q.shape[1] if isinstance(half, _Blocks) else half.shape[1]
+        axes, step = self.integers(-1), self.integers(2 if layer.interleaved else 1)
+        starts = (0, 1) if layer.interleaved else (0, half)
+        ends = (2 * half, 2 * half) if layer.interleaved else (half, 2 * half)
+        gate, up = (self.op("Slice", wide, self.integers(s), self.integers(t), axes, step) for s, t in zip(starts, ends, strict=True))
+        if layer.interleaved:  # gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), clamped
+            limit, low, alpha, one = (
+                self.constant(np.array(v, np.float32), f"{layer.name}.{k}")
+                for k, v in (("limit", layer.source.limit), ("low", -layer.source.limit), ("alpha", layer.source.alpha), ("one", 1))
+            )
+            gate, up = self.op("Min", gate, limit), self.op("Clip", up, low, limit)
+            gate = self.op("Mul", gate, self.op("Sigmoid", self.op("Mul", gate, alpha)))
+            inner = self.op("Mul", self.op("Add", up, one), gate)
+        else:
+            inner = self.op("Mul", self.activation(gate, layer.source.act_fn), up)
+        return self.product(inner, layer, f"down.{e}")
+
+    def experts(self, x, index, weight, layer: _Layer):
+        """[tokens, hidden] from x [tokens, hidden], index and weight [tokens, k]."""
+        if self.experts_as == "sparse":
+            total = self.op("ConstantOfShape", self.op("Shape", x), value=self.ir.tensor(np.zeros(1, np.float32)))
+        for e in range(layer.num_experts):
+            chosen = self.op("Equal", index, self.integers(e))
+            if self.experts_as == "sparse":
+                where = self.op("Transpose", self.op("NonZero", chosen), perm=[1, 0])  # [n, (token, choice)]
+                token = self.op("Slice", where, self.integers(0), self.integers(1), self.integers(1))  # [n, 1]
+                y = self.expert(self.op("GatherND", x, token), e, layer)
+                y = self.op("Mul", y, self.op("Unsqueeze", self.op("GatherND", weight, where), self.integers(-1)))
+                total = self.op("ScatterND", total, token, y, reduction="add")
+            else:
+                zero = self.constant(np.zeros((), np.float32), "zero")
+                share = self.op("ReduceSum", self.op("Where", chosen, weight, zero), self.integers(-1), keepdims=1)
+                y = self.op("Mul", self.expert(x, e, layer), share)
+                total = y if e == 0 else self.op("Add", total, y)
+        return total
+
+    def write(self, node, layer: _Layer) -> None:
+        """Replace the opaque `node` by what `layer` is."""
+        self.nodes, self.scope = [], layer.name
+        inputs = list(node.inputs)
+        match layer.kind:
+            case "linear":
+                value = self.product(inputs[0], layer, "weight")
+            case "embedding":
+                value = self.embedding(inputs[0], layer)
+            case _:
+                value = self.experts(*inputs, layer)
+        self.ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.nodes, [node.outputs[0]], [value])
+
+
+def _strip(ir, model, vocabulary: int) -> None:
+    """Take out what the tracer left for debuggers (stack traces: 15 % of a small file), and shapes that are inferred anyway."""
+    graph = model.graph
+    ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.shape = value.type = None
+    (ids,), (logits,) = graph.inputs, graph.outputs
+    ids.name, logits.name = "input_ids", "logits"
+    ids.shape, ids.type = ir.Shape(["batch", "sequence"]), ir.TensorType(ir.DataType.INT64)
+    logits.shape, logits.type = ir.Shape(["batch", "sequence", vocabulary]), ir.TensorType(ir.DataType.FLOAT)
+
+
+# --------------------------------------------------------------------------------------------------------- the doors
+
+
+def export(
+    model: "nn.Module | str | Path",
+    out: str | Path,
+    *,
+    experts: str = "sparse",
+    accuracy_level: int = 1,
+    check: bool = True,
+    single_file_bytes: int = SINGLE_FILE_BYTES,
+) -> ExportResult:
+    """The verified ONNX file of a causal language model, quantized by `compress` or not at all.
+
+    `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in
+    it). Quantized layers become `MatMulNBits` with the model's own codes, the rest float32. `experts`: "sparse" or "rank"
+    (see the module). `accuracy_level` is that of `MatMulNBits`: 1 computes with float32 activations, as `QLinear` does;
+    4 quantizes them to int8, faster, and about 1e-2 off: not within the parity that `check` asks for on every model.
+    `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second file, `<out>.data`.
+
+    Raises ExportError when the packages of the extra `export` are missing, when the model cannot be exported, and when
+    the written file does not pass `verify`; nothing is left under `out` then.
+    """
+    needed = _runtime()
+    ir = needed.ir
+    if experts not in EXPERTS:
+        raise ExportError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
+    if accuracy_level not in (0, 1, 4):
+        raise ExportError(f"accuracy_level={accuracy_level!r} is not one of 0, 1 (float32 activations) or 4 (int8 activations)")
+    if not isinstance(model, nn.Module):
+        from edgelab.model import load
+
+        model = load(str(model))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(model, "config"):
+        raise ExportError(f"{type(model).__name__} has no language-model head; export takes a causal language model of transformers")
+    out = Path(out)
+    path = out if out.suffix == ".onnx" else out / "model.onnx"
+    began = time.perf_counter()
+
+    layers = list(_layers(model))
+    vocabulary = model.config.get_text_config().vocab_size
+    traced = _trace(_skeleton(model, layers, experts), vocabulary)
+    graph = traced.graph
+    _strip(ir, traced, vocabulary)
+    for value in list(graph.initializers.values()):  # the wrapper's name is not the reader's business
+        del graph.initializers[value.name]
+        value.name = value.name.removeprefix("model.")
+        graph.initializers[value.name] = value
+    by_name = {layer.name: layer for _, layer, _ in layers}
+    writer = _Writer(ir, graph, accuracy_level, experts)
+    for node in [n for n in graph if n.domain == "edgelab"]:
+        writer.write(node, by_name[node.attributes["layer"].as_string()])
+    if writer.nodes or "com.microsoft" not in graph.opset_imports:
+        traced.opset_imports["com.microsoft"] = 1
+    traced.opset_imports.pop("edgelab", None)
+    ir.passes.common.RemoveUnusedNodesPass()(traced)
+    traced.ir_version = IR_VERSION
+    traced.producer_name, traced.producer_version = "edgelab", _version()
+    schemes = sorted({str(w.q.scheme) for _, w in _codes(layers)})
+    traced.metadata_props["edgelab"] = json.dumps({"schemes": schemes, "experts": experts, "accuracy_level": accuracy_level})
+
+    weight_bytes = sum(v.const_value.nbytes for v in graph.initializers.values())
+    folder = path.parent / f"{path.name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        beside = f"{path.name}.data" if weight_bytes >= single_file_bytes else None
+        ir.save(traced, folder / path.name, external_data=beside)
+        files = [folder / path.name, *([folder / beside] if beside else [])]
+        result = _count(model, layers, tuple(files))
+        result = replace(result, notes=_notes(layers, experts), seconds=time.perf_counter() - began)
+        if check:
+            result = verify(result, model)
+        for file in reversed(files):  # the graph last: where it is, its weights are
+            os.replace(file, path.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return replace(result, files=tuple(path.parent / f.name for f in files), seconds=time.perf_counter() - began)
+
+
+def _version() -> str:
+    import edgelab
+
+    return edgelab.__version__
+
+
+def _codes(layers: list[tuple[nn.Module, _Layer, int]]) -> list[tuple[str, _Blocks]]:
+    """(kind of layer, weight) of all that is stored as codes; a tied pair once."""
+    found = {w.name: (layer.kind, w) for _, layer, _ in layers for w in layer.weights.values() if isinstance(w, _Blocks)}
+    return list(found.values())
+
+
+def _notes(layers: list[tuple[nn.Module, _Layer, int]], experts: str) -> tuple[str, ...]:
+    codes = [w for _, w in _codes(layers)]
+    notes = []
+    widened = [w for w in codes if w.bits != w.q.scheme.bits]
+    if widened:
+        more = sum(w.nbytes - w.q.nbytes for w in widened)
+        notes.append(f"{len(widened)} weights of 3 bits are stored as 4 bits, with the same values: {more:,} bytes more than the codes need")
+    if any(layer.kind == "experts" for _, layer, _ in layers):
+        notes.append(f"experts written {'per routed token' if experts == 'sparse' else 'for all tokens, top-k by comparisons'} ({experts})")
+    return tuple(notes)
+
+
+def _count(model: nn.Module, layers: list[tuple[nn.Module, _Layer, int]], files: tuple[Path, ...]) -> ExportResult:
+    """What the model asks for and how large the files are; `verify` replaces the quantized counts by the file's own."""
+    codes = _codes(layers)
+    floats = sum(p.numel() for p in model.parameters())
+    quantized = sum(prod(w.q.shape) for _, w in codes)
+    stacks = (w for _, layer, _ in layers if layer.kind == "experts" for w in layer.weights.values())
+    experts = sum(prod(w.q.shape) if isinstance(w, _Blocks) else w.numel() for w in stacks)
+    expert_codes = sum(prod(w.q.shape) for kind, w in codes if kind == "experts")
+    predicted = sum(w.nbytes for _, w in codes) + 4 * floats
+    size = sum(f.stat().st_size for f in files)
+    return ExportResult("onnx", files, size, predicted, floats + quantized, quantized, experts, expert_codes)
+
+
+def verify(
+    result: ExportResult, model: nn.Module, *, lengths: tuple[int, ...] = LENGTHS, min_cosine: float = MIN_COSINE, seed: int = 0
+) -> ExportResult:
+    """`result` with the parity that ONNX Runtime reached and the counts found in the file.
+
+    Opens the file again. First its initializers: every code and every float16 scale must be bit for bit the model's, the
+    nodes that read them must say the right shape, bits and block, and nothing quantized may be missing. Then its logits,
+    on random tokens of each of `lengths`, against `model` itself (its quantized layers, the same codes).
+
+    Raises ExportError for a changed code, a missing weight, a size off the prediction, or a cosine below `min_cosine`.
+    """
+    needed = _runtime()
+    layers = list(_layers(model))
+    expected = _count(model, layers, result.files)
+    graph = needed.onnx.load(str(result.files[0])).graph
+    quantized, experts = _check_codes(needed.onnx, graph, layers)
+    if quantized != expected.weights_quantized or experts != expected.experts_quantized:
+        raise ExportError(
+            f"{result.files[0].name} holds {quantized:,} quantized weights, {experts:,} of them experts'; "
+            f"the model has {expected.weights_quantized:,} and {expected.experts_quantized:,}"
+        )
+    # what the graph itself takes: some 150 bytes a node and its names
+    allowed = expected.predicted_bytes // 100 + 400 * (len(graph.node) + len(graph.initializer)) + 2**16
+    if not expected.predicted_bytes <= expected.bytes <= expected.predicted_bytes + allowed:
+        raise ExportError(
+            f"{result.files[0].name} has {expected.bytes:,} bytes; the weights take {expected.predicted_bytes:,} "
+            f"and the graph at most {allowed:,}: a weight went out in another form"
+        )
+    parity = _parity(needed.ort, result.files[0], model, lengths, seed)
+    if not parity["cosine"] >= min_cosine:
+        raise ExportError(
+            f"logits of {result.files[0].name} in ONNX Runtime have cosine {parity['cosine']:.6f} to torch's; {min_cosine} is asked for. "
+            "Export with accuracy_level=1 (float32 activations) and experts='sparse', or lower min_cosine knowingly"
+        )
+    by = f"onnxruntime {needed.ort.__version__} CPUExecutionProvider, {' + '.join(map(str, lengths))} tokens"
+    return replace(
+        result, bytes=expected.bytes, weights_quantized=quantized, experts_quantized=experts, parity=parity, verified_by=by
+    )
+
+
+def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tuple[int, int]:
+    """(weights, expert weights) that the file really holds as codes and reads by a quantized operator."""
+    stored = {t.name: t for t in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def origin(name: str) -> str:
+        """The initializer behind a value that is only cast, reshaped or expanded."""
+        while name in makers and makers[name].op_type in ("Cast", "Reshape", "Expand"):
+            name = makers[name].input[0]
+        return name
+
+    readers: dict[str, list] = {}
+    for node in graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            at = 1 if node.op_type == "MatMulNBits" else 0
+            settings = {a.name: a.i for a in node.attribute}
+            readers.setdefault(origin(node.input[at]), []).append((node.op_type, origin(node.input[2]), settings))
+    found = {"linear": 0, "embedding": 0, "experts": 0}
+    for kind, w in _codes(layers):
+        (out, n), where = w.q.shape, f"{w.name} ({w.q.scheme})"
+        names = [name for name in (f"{w.name}.codes", f"{w.name}.gather_codes") if name in readers]
+        if not names:
+            raise ExportError(f"{where}: no MatMulNBits or GatherBlockQuantized node reads its codes")
+        for name in names:
+            for op_type, scales, settings in readers[name]:
+                right = {"bits": w.bits, "block_size": w.block} | ({"K": n, "N": out} if op_type == "MatMulNBits" else {})
+                wrong = {k: settings.get(k) for k, v in right.items() if settings.get(k) != v}
+                if wrong or scales != f"{w.name}.scales":
+                    raise ExportError(f"{where}: its {op_type} node has {wrong or scales}; {right} was written")
+            codes = onnx.numpy_helper.to_array(stored[name])
+            if name.endswith(".gather_codes"):
+                same = np.array_equal(unpack(codes[:, 0], w.bits, n), w.q.codes() + np.uint8(2 ** (w.bits - 1) - w.q.scheme.zero_point))
+            else:
+                same = codes.nbytes == w.code_bytes and np.array_equal(w.restored(codes), w.q.codes())
+            if not same:
+                raise ExportError(f"{where}: the codes in the file are not the model's")
+        scales = onnx.numpy_helper.to_array(stored[f"{w.name}.scales"])
+        if scales.dtype != np.float16 or not np.array_equal(scales.view(np.uint16), w.q.scales.view(np.uint16)):
+            raise ExportError(f"{where}: the scales in the file are not the model's")
+        found[kind] += out * n
+    return sum(found.values()), found["experts"]
+
+
+@torch.no_grad()
+def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int) -> dict[str, float]:
+    """Agreement of ONNX Runtime's logits with torch's: the worst cosine and difference, the mean of the others."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime refuses {path.name}: {str(e).strip().splitlines()[0]}") from e
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = np.random.default_rng(seed)
+    cosine, worst, top, kld, tokens = 1.0, 0.0, 0.0, 0.0, 0
+    for length in lengths:
+        ids = draw.integers(0, vocabulary, (1, length))
+        theirs = session.run(["logits"], {"input_ids": ids})[0][0].astype(np.float64)
+        ours = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[0].double().numpy()
+        norms = np.linalg.norm(theirs) * np.linalg.norm(ours)
+        cosine = min(cosine, float((theirs * ours).sum() / norms) if norms and np.isfinite(norms) else -1.0)
+        worst = max(worst, float(np.abs(theirs - ours).max()))
+        p, q = _log_softmax(ours), _log_softmax(theirs)
+        kld += float((np.exp(p) * (p - q)).sum())
+        top += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        tokens += length
+    return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / tokens, "kld": kld / tokens}
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))

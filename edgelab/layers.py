@@ -1,0 +1,357 @@
+"""Layers that hold their weights in low bits: `QLinear`, `QEmbedding`, `QExperts`. For inference.
+
+Each keeps a weight as two buffers, `packed` uint8 and `scales` float16, laid out as in `QTensor`. Two ways compute:
+
+- "numba": the kernels of `kernels/matmul.py`, straight from the packed codes; on a CPU, when no gradient is asked for;
+- "torch": unpack, then `F.linear`; on any device, differentiable with respect to the input, also under `torch.compile`.
+
+Both compute in float32 and return the input's dtype. The scales stay float16 whatever `.to(dtype)` is called on the
+model: rounding them to bfloat16 would change the weights. `QExperts` stands in for the fused experts of transformers 5
+(`gate_up_proj` [experts, 2 * inner, hidden], `down_proj` [experts, hidden, inner]), with the same call.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgelab.kernels.matmul import qmatmul, qmatmul_experts
+from edgelab.qtensor import QTensor
+from edgelab.scheme import PerGroup, QuantScheme
+
+KERNELS = ("numba", "torch")
+GLUS = ("chunk", "interleaved_clamped")
+
+
+def set_kernel(name: str) -> str:
+    """The kernel that was in use before; from now on all quantized layers use `name`: "numba" (default) or "torch"."""
+    if name not in KERNELS:
+        raise ValueError(f"kernel={name!r} is not known; use one of {', '.join(KERNELS)}")
+    before, Quantized.kernel = Quantized.kernel, name
+    return before
+
+
+def dequantize(packed: Tensor, scales: Tensor, scheme: QuantScheme, in_features: int) -> Tensor:
+    """The weight float32 [..., in] of packed rows uint8 [..., row_bytes], on their device: `QTensor.dequantize` in torch.
+
+    `scales` float16 [..., groups], broadcast over the rows.
+    """
+    bits, device = scheme.bits, packed.device
+    if bits == 8:
+        codes = packed
+    elif bits == 3:  # eight codes are one 24-bit number; a row may end inside it
+        units = F.pad(packed, (0, -packed.shape[-1] % 3)).unflatten(-1, (-1, 3)).to(torch.int32)
+        word = units[..., 0] | units[..., 1] << 8 | units[..., 2] << 16
+        codes = (word[..., None] >> torch.arange(0, 24, 3, dtype=torch.int32, device=device) & 7).flatten(-2)
+    else:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+        codes = (packed[..., None] >> shifts & (2**bits - 1)).flatten(-2)
+    q = codes[..., :in_features].float() - scheme.zero_point
+    if isinstance(scheme.granularity, PerGroup):
+        return (q.unflatten(-1, (-1, scheme.granularity.size)) * scales.float()[..., None]).flatten(-2)
+    return q * scales.float()
+
+
+class Blank(NamedTuple):
+    """Shape and scheme of a weight whose codes come later (`load_state_dict`)."""
+
+    shape: tuple[int, ...]
+    scheme: QuantScheme
+
+
+class _Stored(NamedTuple):
+    """One weight of a layer: the names of its buffers, and what they mean."""
+
+    packed: str
+    scales: str
+    shape: tuple[int, ...]
+    scheme: QuantScheme
+
+    @property
+    def group_size(self) -> int:
+        return self.scheme.granularity.size if isinstance(self.scheme.granularity, PerGroup) else 0
+
+
+class Quantized(nn.Module):
+    """Base of the quantized layers: keeps `QTensor`s as buffers and hands them out again."""
+
+    kernel = "numba"  # for all layers by `set_kernel`, for one layer by assignment
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stored: dict[str, _Stored] = {}  # by the name of the parameter that the weight replaces
+        self._views: dict[str, tuple] = {}
+
+    def _keep(self, name: str, weight: QTensor | Blank, prefix: str = "") -> None:
+        shape, scheme = tuple(weight.shape), weight.scheme
+        if isinstance(weight, QTensor):
+            packed, scales = _tensor(weight.packed), _tensor(weight.scales)
+        else:
+            packed = torch.zeros((*shape[:-1], scheme.row_bytes(shape[-1])), dtype=torch.uint8)
+            scales = torch.zeros(scheme.scales_shape(shape), dtype=torch.float16)
+        self.register_buffer(f"{prefix}packed", packed)
+        self.register_buffer(f"{prefix}scales", scales)
+        self._stored[name] = _Stored(f"{prefix}packed", f"{prefix}scales", shape, scheme)
+
+    def qtensors(self) -> dict[str, QTensor]:
+        """The weights as `QTensor`s, by the name of the parameter each replaces: views on the buffers (copies off the CPU)."""
+        buffers = self._buffers
+        return {
+            name: QTensor(buffers[s.packed].cpu().numpy(), buffers[s.scales].cpu().numpy(), s.shape, s.scheme)
+            for name, s in self._stored.items()
+        }
+
+    def dequantized(self) -> dict[str, Tensor]:
+        """The weights float32, by the name of the parameter each replaces, on the layer's device."""
+        return {
+            name: dequantize(self._buffers[s.packed], self._buffers[s.scales], s.scheme, s.shape[-1]) for name, s in self._stored.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(s.scheme.nbytes(s.shape) for s in self._stored.values())
+
+    def _arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """NumPy views of packed and scales (int16 bits), made again when a buffer was replaced or moved."""
+        s = self._stored[name]
+        packed, scales = self._buffers[s.packed], self._buffers[s.scales]
+        held = self._views.get(name)
+        key = (packed.data_ptr(), scales.data_ptr())
+        if held is None or held[0] is not packed or held[1] is not scales or held[2] != key:
+            views = (packed.contiguous().numpy(), scales.contiguous().view(torch.int16).numpy())
+            held = self._views[name] = (packed, scales, key, views)
+        return held[3]
+
+    def _use_kernel(self, *inputs: Tensor) -> bool:
+        if self.kernel != "numba" or torch.compiler.is_compiling():
+            return False
+        grad = torch.is_grad_enabled()
+        return all(t.device.type == "cpu" and not (grad and t.requires_grad) for t in inputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._views.clear()
+        scales = {id(self._buffers[s.scales]) for s in self._stored.values()}
+
+        def keep_scales(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if id(t) in scales and moved.dtype != t.dtype else moved
+
+        return super()._apply(keep_scales, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_views": {}}  # deepcopy must not share views with the original
+
+    def extra_repr(self) -> str:
+        weights = [f"{name} {' x '.join(map(str, s.shape))} {s.scheme}" for name, s in self._stored.items()]
+        total = sum(math.prod(s.shape) for s in self._stored.values())
+        return ", ".join([*weights, f"{self.nbytes:,} bytes", f"{8 * self.nbytes / total:.3f} bits per weight"])
+
+
+class QLinear(Quantized):
+    """y = x W^T + bias, with W [out, in] in low bits."""
+
+    def __init__(self, weight: QTensor | Blank, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight is {tuple(weight.shape)}; QLinear takes [out, in], an expert stack goes to QExperts")
+        self._keep("weight", weight)
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias is {tuple(bias.shape)}; a weight {tuple(weight.shape)} needs ({self.out_features},)")
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, scheme: QuantScheme, bias: bool = False) -> "QLinear":
+        """A layer of zeros, to load a state dict into."""
+        return cls(Blank((out_features, in_features), scheme), torch.zeros(out_features) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self._stored["weight"]
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
+        if self._use_kernel(x, self.packed):
+            rows = x.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
+            y = torch.empty(rows.shape[0], self.out_features)
+            _share_threads()
+            qmatmul(*self._arrays("weight"), s.scheme.bits, s.group_size, rows.numpy(), y.numpy())
+            y = y.view(*x.shape[:-1], self.out_features)
+        else:
+            y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype)
+
+
+class QEmbedding(Quantized):
+    """Rows of W [rows, dim], which is in low bits; only the rows asked for are unpacked.
+
+    `dtype` of the output: float32, or what `.to(dtype)` of the model says, as for an ordinary embedding.
+    """
+
+    def __init__(self, weight: QTensor | Blank, padding_idx: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight is {tuple(weight.shape)}; QEmbedding takes [rows, dim]")
+        self._keep("weight", weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx, self.dtype = padding_idx, dtype
+
+    @classmethod
+    def empty(
+        cls, num_embeddings: int, embedding_dim: int, scheme: QuantScheme, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> "QEmbedding":
+        """A layer of zeros, to load a state dict into."""
+        return cls(Blank((num_embeddings, embedding_dim), scheme), padding_idx, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        s = self._stored["weight"]
+        scales = self.scales if self.scales.shape[0] == 1 else F.embedding(ids, self.scales)
+        return dequantize(F.embedding(ids, self.packed), scales, s.scheme, self.embedding_dim).to(self.dtype)
+
+
+class QExperts(Quantized):
+    """The routed experts of a mixture: down_e(glu(gate_up_e(x))), summed with the router's weights; weights in low bits.
+
+    `gate_up` [experts, 2 * inner, hidden] and `down` [experts, hidden, inner] in the orientation of `F.linear`, also for
+    families that store them transposed. `glu`:
+
+    - "chunk": the first half of the rows is the gate, the second `up`; act_fn(gate) * up. DeepSeek, Qwen, Mixtral, OLMoE, Granite;
+    - "interleaved_clamped": even rows are the gate, odd ones `up`; clamped to `limit`, (up + 1) * gate * sigmoid(alpha * gate). gpt-oss.
+    """
+
+    def __init__(
+        self,
+        gate_up: QTensor | Blank,
+        down: QTensor | Blank,
+        act_fn: Callable[[Tensor], Tensor] | None,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        glu: str = "chunk",
+        limit: float | None = None,
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        if glu not in GLUS:
+            raise ValueError(f"glu={glu!r} is not known; use one of {', '.join(GLUS)}")
+        if glu == "chunk" and act_fn is None:
+            raise ValueError("act_fn=None: glu='chunk' needs an activation function, such as torch.nn.SiLU()")
+        if glu == "interleaved_clamped" and (limit is None or alpha is None):
+            raise ValueError(f"limit={limit}, alpha={alpha}: glu='interleaved_clamped' needs both (gpt-oss: limit=7.0, alpha=1.702)")
+        experts, wide, hidden = _three(gate_up, "gate_up")
+        if _three(down, "down") != (experts, hidden, wide // 2) or wide % 2:
+            raise ValueError(
+                f"gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} do not fit; "
+                "they are [experts, 2 * inner, hidden] and [experts, hidden, inner]"
+            )
+        self._keep("gate_up_proj", gate_up, "gate_up_")
+        self._keep("down_proj", down, "down_")
+        self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, wide // 2
+        self.act_fn, self.glu, self.limit, self.alpha = act_fn, glu, limit, alpha
+        for name, bias, rows in (("gate_up_bias", gate_up_bias, wide), ("down_bias", down_bias, hidden)):
+            if bias is not None and bias.shape != (experts, rows):
+                raise ValueError(f"{name} is {tuple(bias.shape)}; it must be ({experts}, {rows})")
+            setattr(self, name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        hidden: int,
+        inner: int,
+        gate_up_scheme: QuantScheme,
+        down_scheme: QuantScheme,
+        act_fn: Callable[[Tensor], Tensor] | None,
+        bias: bool = False,
+        glu: str = "chunk",
+        limit: float | None = None,
+        alpha: float | None = None,
+    ) -> "QExperts":
+        """A layer of zeros, to load a state dict into."""
+        gate_up, down = Blank((num_experts, 2 * inner, hidden), gate_up_scheme), Blank((num_experts, hidden, inner), down_scheme)
+        biases = (torch.zeros(num_experts, 2 * inner), torch.zeros(num_experts, hidden)) if bias else (None, None)
+        return cls(gate_up, down, act_fn, *biases, glu, limit, alpha)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, hidden] from hidden_states [T, hidden], top_k_index [T, k] and top_k_weights [T, k].
+
+        The index `num_experts` is the sentinel of transformers' expert parallelism: that choice is skipped.
+        """
+        tokens, k = top_k_index.shape
+        if hidden_states.shape != (tokens, self.hidden_dim):
+            raise ValueError(f"hidden_states is {tuple(hidden_states.shape)}; with top_k_index {tokens, k} it must be {tokens, self.hidden_dim}")
+        choice = top_k_index.reshape(-1)
+        order = choice.argsort(stable=True)
+        counts = torch.bincount(choice, minlength=self.num_experts + 1)
+        if counts.numel() > self.num_experts + 1:
+            raise ValueError(f"top_k_index holds {int(choice.max())}; experts are 0 .. {self.num_experts - 1}, {self.num_experts} means none")
+        kept = order[: tokens * k - int(counts[-1])]  # the sentinels come last
+        x = hidden_states[kept // k].float()  # [n, hidden], sorted by expert
+        if self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed):
+            y = self._by_kernel(x, counts[:-1], choice[kept])
+        else:
+            y = self._by_torch(x, counts[:-1].tolist())
+        # back to [T, k, hidden], then one weighted sum per token: no order of additions to depend on
+        spread = y.new_zeros(tokens * k, self.hidden_dim).index_copy(0, kept, y)
+        weights = torch.where(top_k_index == self.num_experts, 0, top_k_weights.float())
+        return torch.einsum("tk,tkh->th", weights, spread.view(tokens, k, self.hidden_dim)).to(hidden_states.dtype)
+
+    def _by_kernel(self, x: Tensor, counts: Tensor, expert: Tensor) -> Tensor:
+        offsets = np.zeros(self.num_experts + 1, np.int64)
+        np.cumsum(counts.numpy(), out=offsets[1:])
+        _share_threads()
+        for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
+            s = self._stored[name]
+            y = torch.empty(x.shape[0], s.shape[1])
+            x = x.detach().contiguous()
+            qmatmul_experts(*self._arrays(name), s.scheme.bits, s.group_size, x.numpy(), offsets, y.numpy())
+            if bias is not None:
+                y += bias.float()[expert]
+            x = self._glu(y) if name == "gate_up_proj" else y
+        return x
+
+    def _by_torch(self, x: Tensor, counts: list[int]) -> Tensor:
+        parts = []
+        for e, rows in enumerate(x.split(counts)):
+            if not rows.shape[0]:
+                continue
+            for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
+                s = self._stored[name]
+                w = dequantize(self._buffers[s.packed][e], self._buffers[s.scales][e], s.scheme, s.shape[-1])
+                rows = F.linear(rows, w, None if bias is None else bias[e].float())
+                rows = self._glu(rows) if name == "gate_up_proj" else rows
+            parts.append(rows)
+        return torch.cat(parts) if parts else x
+
+    def _glu(self, y: Tensor) -> Tensor:
+        """[n, inner] of gate_up [n, 2 * inner]."""
+        if self.glu == "chunk":
+            gate, up = y.chunk(2, dim=-1)
+            return self.act_fn(gate) * up
+        gate, up = y[..., ::2].clamp(max=self.limit), y[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
+
+
+def _three(weight: QTensor | Blank, name: str) -> tuple[int, int, int]:
+    if len(weight.shape) != 3:
+        raise ValueError(f"{name} is {tuple(weight.shape)}; an expert stack has three dimensions [experts, out, in]")
+    return tuple(weight.shape)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """`array` as a tensor that shares its memory; a read-only one (a mapped file) is copied, for torch has no read-only tensors."""
+    return torch.from_numpy(np.require(array, requirements="CW"))
+
+
+def _share_threads() -> None:
+    """`torch.set_num_threads` holds for the kernels too."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))

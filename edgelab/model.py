@@ -1,0 +1,493 @@
+"""Load a model, walk its weights, swap them for quantized layers. The model stays the Hugging Face module it is.
+
+A family is one literal of `FAMILIES`: what a `config.model_type` needs beyond `ROLES_BY_NAME`, above all how its fused
+expert stacks are laid out. In transformers 5 the experts of a layer are two 3-D parameters of one module,
+
+    gate_up_proj  [experts, 2 * inner, hidden]      down_proj  [experts, hidden, inner]
+
+(gpt_oss stores both transposed, interleaves gate and up, and adds biases). Below the table any torch module works:
+every `nn.Linear`, `nn.Embedding` and transformers `Conv1D` in it is a weight. 3-D parameters of experts that no family
+describes are not touched, and never in silence: `unknown_experts` lists them and the coverage audit fails on them.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgelab.layers import Blank, QEmbedding, QExperts, QLinear, Quantized
+from edgelab.qtensor import QTensor
+
+# ------------------------------------------------------------------------------------------------------ families
+
+# the first pattern that matches a weight's name gives its role; shared by all families, so that recipes travel
+ROLES_BY_NAME = (
+    ("*.shared_expert_gate", "router"),
+    ("*.router", "router"),
+    ("*.gate", "router"),
+    ("*.shared_expert*", "shared"),
+    ("*.experts.*", "experts"),
+    ("*.self_attn.*", "attention"),
+    ("*attention*", "attention"),
+    ("*.attn.*", "attention"),
+    ("*.mlp.*", "mlp"),
+    ("*.intermediate.*", "mlp"),  # BERT's feed-forward
+    ("*.layer.*.output.dense", "mlp"),
+    ("lm_head", "head"),
+)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a family's fused expert module stores its weights: the parameters' names and their layout.
+
+    `transposed`: [experts, in, out] instead of [experts, out, in]. `interleaved`: rows gate0, up0, gate1 ... instead
+    of all of gate, then all of up. `biased`: each parameter P has a bias `P_bias` [experts, out].
+    """
+
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    transposed: bool = False
+    interleaved: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a `config.model_type`. `roles` come before `ROLES_BY_NAME`."""
+
+    model_type: str
+    experts: ExpertLayout | None = None
+    roles: tuple[tuple[str, str], ...] = ()
+
+
+_FUSED = ExpertLayout()
+
+FAMILIES: dict[str, Family] = {
+    f.model_type: f
+    for f in (
+        Family("llama"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("qwen3_moe", _FUSED),
+        Family("qwen2_moe", _FUSED),
+        Family("mixtral", _FUSED),
+        Family("olmoe", _FUSED),
+        Family("granitemoe", _FUSED),
+        Family("deepseek_v3", _FUSED),
+        Family("gpt_oss", ExpertLayout(transposed=True, interleaved=True, biased=True)),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of `model`, by its config's `model_type` (or its text part's); a plain one when it is not in the table."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", "")
+    if kind not in FAMILIES and hasattr(config, "get_text_config"):
+        kind = config.get_text_config().model_type
+    return FAMILIES.get(kind, Family(kind))
+
+
+# ---------------------------------------------------------------------------------------------------------- walk
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One weight of a model. `tensor` is a view [out, in] or [experts, out, in], whatever way the model stores it.
+
+    `name` is what recipes match: the module's name, and for a fused expert stack also the parameter's. `kind` is
+    "linear", "embedding", "experts", or "router" (a parameter that its module multiplies by itself: it can't be
+    swapped). `tied_to` names the weight that this one shares its parameter with; only that one counts.
+    """
+
+    name: str
+    module_name: str
+    parameter: str
+    kind: str
+    role: str
+    shape: tuple[int, ...]
+    tensor: Tensor
+    tied_to: str | None = None
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.module_name}.{self.parameter}"
+
+    def __repr__(self) -> str:
+        tied = f", tied to {self.tied_to}" if self.tied_to else ""
+        return f"Weight({self.name}, {self.role}, {' x '.join(map(str, self.shape))}, {self.tensor.dtype}{tied})"
+
+
+def weights(model: nn.Module) -> list[Weight]:
+    """Every compressible weight that `model` still holds in floating point, in the model's order.
+
+    Weights that are quantized already are not listed (see `quantized`).
+    """
+    family, head = family_of(model), _head_name(model)
+    opaque = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]  # reads its children's weights itself
+    skip = {id(child) for m in opaque for child in m.modules()}
+    # on the meta device, before weights are loaded, transformers has not tied anything yet: only the names say what will be
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    owners: dict[int | str, str] = {}
+    found = []
+    for module_name, module in model.named_modules():
+        if not module_name or id(module) in skip:
+            continue
+        for parameter, kind, transposed in _slots(module, module_name, family):
+            name = f"{module_name}.{parameter}" if kind == "experts" else module_name
+            stored = module._parameters[parameter]
+            tensor = stored.detach().transpose(-1, -2) if transposed else stored.detach()
+            full = f"{module_name}.{parameter}"
+            tied_to = owners.setdefault(ties.get(full, full) if stored.is_meta else id(stored), name)
+            role = _role(family, head, name, kind)
+            found.append(Weight(name, module_name, parameter, kind, role, tuple(tensor.shape), tensor, tied_to if tied_to != name else None))
+    return found
+
+
+def quantized(model: nn.Module) -> dict[str, tuple[str, QTensor]]:
+    """{weight name: (role, QTensor)} of the layers that `swap` put in; of a tied pair only the first is listed."""
+    family, head, found = family_of(model), _head_name(model), {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, Quantized) and not getattr(module, "tied_to", None):
+            kind = "experts" if isinstance(module, QExperts) else "embedding" if isinstance(module, QEmbedding) else "linear"
+            for parameter, q in module.qtensors().items():
+                name = f"{module_name}.{_own_name(family, parameter)}" if kind == "experts" else module_name
+                found[name] = (_role(family, head, name, kind), q)
+    return found
+
+
+def _role(family: Family, head: str | None, name: str, kind: str) -> str:
+    """The role (one of `recipe.ROLES`): by kind, then whether it is the model's own head, then by name."""
+    if kind in ("embedding", "router", "experts"):
+        return kind
+    if name == head:
+        return "head"
+    return next((role for pattern, role in (*family.roles, *ROLES_BY_NAME) if fnmatchcase(name, pattern)), "linear")
+
+
+def unknown_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of expert weights that can't be compressed, because no family says how they are laid out.
+
+    The way out is one literal: `FAMILIES["kind"] = Family("kind", ExpertLayout(...))`.
+    """
+    taken = {w.parameter_name for w in weights(model)}
+    found = {}
+    for module_name, module in model.named_modules():
+        if "expert" not in f"{module_name}.{type(module).__name__}".lower() or isinstance(module, Quantized):
+            continue
+        for parameter, value in module.named_parameters(recurse=False):
+            name = f"{module_name}.{parameter}"
+            if value.ndim >= 2 and value.is_floating_point() and name not in taken and not parameter.endswith("bias"):
+                found[name] = value
+    return found
+
+
+def _slots(module: nn.Module, module_name: str, family: Family) -> Iterable[tuple[str, str, bool]]:
+    """(parameter, kind, stored transposed) of the weights that `module` itself holds."""
+    layout, parameters = family.experts, module._parameters
+    plain = parameters.get("weight") is not None
+    # a subclass with a forward of its own does something else with its weight: leave it alone
+    if plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        yield "weight", "linear", False
+    elif plain and isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None:
+        yield "weight", "embedding", False
+    elif plain and (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        yield "weight", "linear", True
+    elif layout and all(getattr(parameters.get(p), "ndim", 0) == 3 for p in (layout.gate_up, layout.down)):
+        yield layout.gate_up, "experts", layout.transposed
+        yield layout.down, "experts", layout.transposed
+    elif plain and parameters["weight"].ndim == 2 and not module._modules:
+        role = next((role for pattern, role in (*family.roles, *ROLES_BY_NAME) if fnmatchcase(module_name, pattern)), None)
+        if role == "router":
+            yield "weight", "router", False
+
+
+def _head_name(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _own_name(family: Family, parameter: str) -> str:
+    """The family's name of QExperts' "gate_up_proj" or "down_proj"."""
+    layout = family.experts or _FUSED
+    return layout.gate_up if parameter == "gate_up_proj" else layout.down
+
+
+# ---------------------------------------------------------------------------------------------------------- swap
+
+
+def swap(model: nn.Module, tensors: Mapping[str, QTensor | Blank]) -> None:
+    """Put quantized layers in the place of the modules that hold the named weights (names as in `weights`).
+
+    A weight that is tied to another shares its codes with it, so that one name of the pair is enough. Both stacks of
+    an expert module go together. A `Blank` makes a layer of zeros, for a state dict to fill. Raises ValueError for a
+    name that is no weight of the model, a wrong shape, a router, or half an expert module.
+    """
+    known = {w.name: w for w in weights(model)}
+    for name, q in tensors.items():
+        if name not in known:
+            raise ValueError(f"{name!r} is no weight of this {type(model).__name__}; weights(model) lists {len(known)}, such as {next(iter(known), None)!r}")
+        if tuple(q.shape) != known[name].shape:
+            raise ValueError(f"{name} has the shape {known[name].shape}, its codes have {tuple(q.shape)}")
+        if known[name].kind == "router":
+            raise ValueError(f"{name} is a router that {_class_of(model, known[name])} computes itself; it stays in floating point")
+    chosen = {known[name].tied_to or name: q for name, q in tensors.items()}
+    parts: dict[str, dict[str, QTensor | Blank]] = {}  # module -> parameter -> codes
+    for w in known.values():
+        if (w.tied_to or w.name) in chosen:
+            parts.setdefault(w.module_name, {})[w.parameter] = chosen[w.tied_to or w.name]
+    by_module = {w.module_name: w for w in known.values()}
+    layers: dict[str, Quantized] = {}
+    for module_name, codes in parts.items():
+        old, w = model.get_submodule(module_name), by_module[module_name]
+        new = _layer(old, codes, w, family_of(model))
+        new.origin = (_skeleton(old),)  # in a tuple, so that torch does not take it for a child
+        new.tied_to = w.tied_to
+        if w.tied_to:
+            _share(new, layers[new.tied_to])
+        layers[module_name] = new
+        _replace(model, old, new)
+    if layers:
+        _forget_ties(model)
+
+
+def retie(model: nn.Module) -> None:
+    """Let tied quantized layers share their buffers again, after a state dict was loaded or the model has moved."""
+    for module in model.modules():
+        if isinstance(module, Quantized) and getattr(module, "tied_to", None):
+            _share(module, model.get_submodule(module.tied_to))
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Turn the quantized layers of `model` back into what they replaced, in place, with the weights their codes stand for."""
+    family, back = family_of(model), {}
+    for module_name, old in list(model.named_modules()):
+        if not isinstance(old, Quantized):
+            continue
+        new = _skeleton(old.origin[0])
+        turned = {parameter: transposed for parameter, _, transposed in _slots(new, module_name, family)}
+        for parameter, value in old.dequantized().items():
+            parameter = _own_name(family, parameter) if isinstance(old, QExperts) else parameter
+            value = value.transpose(-1, -2).contiguous() if turned[parameter] else value
+            new._parameters[parameter] = nn.Parameter(value.to(dtype), requires_grad=False)
+        if isinstance(old, QExperts) and old.gate_up_bias is not None:
+            new._parameters[f"{family.experts.gate_up}_bias"] = old.gate_up_bias
+            new._parameters[f"{family.experts.down}_bias"] = old.down_bias
+        elif getattr(old, "bias", None) is not None:
+            new._parameters["bias"] = old.bias
+        back[module_name] = new
+        if getattr(old, "tied_to", None):
+            new._parameters["weight"] = back[old.tied_to]._parameters["weight"]
+        _replace(model, old, new)
+    for module in model.modules():  # the ties that `_forget_ties` took away
+        if module.__dict__.pop("_tied_weights_keys", None) is not None:
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
+
+
+def _layer(old: nn.Module, codes: dict[str, QTensor | Blank], w: Weight, family: Family) -> Quantized:
+    """The quantized layer that computes what `old` does."""
+    if w.kind == "embedding":
+        return QEmbedding(codes["weight"], padding_idx=old.padding_idx, dtype=old.weight.dtype)
+    if w.kind == "linear":
+        return QLinear(codes["weight"], old.bias)
+    layout = family.experts
+    missing = {layout.gate_up, layout.down} - set(codes)
+    if missing:
+        raise ValueError(f"{w.module_name}: {missing.pop()} has no codes; both stacks of an expert module are quantized together")
+    settings: dict = {"act_fn": getattr(old, "act_fn", None)}
+    if layout.biased:
+        settings |= {"gate_up_bias": getattr(old, f"{layout.gate_up}_bias"), "down_bias": getattr(old, f"{layout.down}_bias")}
+    if layout.interleaved:
+        settings |= {"glu": "interleaved_clamped", "limit": old.limit, "alpha": old.alpha}
+    return QExperts(codes[layout.gate_up], codes[layout.down], **settings)
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """`module` without the bytes of its parameters (they are on the meta device)."""
+    bare = copy.copy(module)
+    bare._parameters = {k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in module._parameters.items()}
+    return bare
+
+
+def _share(layer: Quantized, owner: Quantized) -> None:
+    for buffer in ("packed", "scales"):
+        layer._buffers[buffer] = owner._buffers[buffer]
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    for parent in list(model.modules()):  # everywhere: a module may be registered under two names
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _forget_ties(model: nn.Module) -> None:
+    """transformers ties parameters by name; a quantized pair has none left to tie."""
+    for module in model.modules():
+        keys = getattr(module, "all_tied_weights_keys", None)
+        if keys:
+            here = dict(module.named_parameters(remove_duplicate=False))
+            module.all_tied_weights_keys = {k: v for k, v in keys.items() if k in here and v in here}
+            module._tied_weights_keys = dict(module.all_tied_weights_keys)
+
+
+def _class_of(model: nn.Module, w: Weight) -> str:
+    return type(model.get_submodule(w.module_name)).__name__
+
+
+# --------------------------------------------------------------------------------------------------------- store
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of everything that a saved model needs, each tensor once: of tied ones, the first.
+
+    A float32 tensor whose values are all bfloat16 (or all float16) numbers is stored as such: nothing is lost, and a
+    model that was loaded in float32 for computing does not double on disk.
+    """
+    tied = tuple(f"{name}.{b}" for name, m in model.named_modules() if getattr(m, "tied_to", None) for b in ("packed", "scales"))
+    found, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        found[name] = _narrow(tensor.detach())
+    return found
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            half = tensor.to(dtype)
+            if torch.equal(half.to(torch.float32), tensor):
+                return half
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+def load(name_or_dir: str | Path, *, dtype: torch.dtype = torch.float32, auto=None) -> nn.Module:
+    """The model in a local directory (or of that name on the hub), in eval mode. A bundle comes back quantized.
+
+    The class is the one that the config names under `architectures`; `auto` (such as `transformers.AutoModel`) takes
+    its place. Only safetensors are read and no code from the checkpoint is run. Raises FileNotFoundError for a missing
+    directory or file, ValueError for an unknown architecture, a damaged or pickled checkpoint, or one that lacks weights.
+    """
+    import transformers
+
+    if _is_local(name_or_dir):
+        check_directory(Path(name_or_dir))
+        config = json.loads((Path(name_or_dir) / "config.json").read_text())
+        if config.get("model_type") not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+            raise ValueError(
+                f"model_type={config.get('model_type')!r} in {Path(name_or_dir) / 'config.json'} is not an architecture that transformers "
+                f"{transformers.__version__} knows, and code from a checkpoint (trust_remote_code) is never run"
+            )
+        if (config.get("quantization_config") or {}).get("quant_method") == "edgelab":
+            import edgelab.hf  # noqa: F401 (registers the quantizer; hf imports this module, so not at the top)
+    name = str(name_or_dir)
+    with _named(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    source = auto or _architecture(config, name)
+    extra = {"trust_remote_code": False} if auto else {}
+    with _named(name):
+        model, info = source.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra)
+    absent = sorted([*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])])
+    if absent:
+        raise ValueError(
+            f"{name} lacks {len(absent)} weights of {type(model).__name__} or holds them in another shape ({', '.join(absent[:4])} ...): "
+            "they would be random. Load it as the class it was saved from, or pass auto=..."
+        )
+    return model.eval()
+
+
+def load_tokenizer(name_or_dir: str | Path):
+    """The tokenizer of a local model directory or a hub name. Raises FileNotFoundError for a missing directory."""
+    import transformers
+
+    if _is_local(name_or_dir) and not Path(name_or_dir).is_dir():
+        raise FileNotFoundError(f"there is no directory {name_or_dir}")
+    with _named(str(name_or_dir)):
+        return transformers.AutoTokenizer.from_pretrained(str(name_or_dir), trust_remote_code=False)
+
+
+def check_directory(path: Path) -> None:
+    """Raises FileNotFoundError or ValueError, naming the file, when `path` is no whole safetensors checkpoint."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {path}: it is not a model directory")
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and not (path / "model.safetensors").is_file():
+        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        gone = [f for f in wanted if not (path / f).is_file()]
+        if gone:
+            raise FileNotFoundError(f"{gone[0]} is missing in {path}: {len(gone)} of its {len(wanted)} weight files are not there")
+        files = [path / f for f in wanted]
+    if not files:
+        pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in path.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{path} holds its weights only as {pickles[0]}, a pickle: loading one can run any code, so it is refused. "
+                "Convert it to safetensors (save_pretrained of a model that you trust)"
+            )
+        raise FileNotFoundError(f"there is no *.safetensors in {path}")
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises ValueError, with the bytes expected and found, when `file` is not as long as its own header says."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        head = f.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or 8 + length > size:
+            expected = f"at least {8 + length:,}" if len(head) == 8 and length < 1 << 30 else "at least 8"
+            raise ValueError(f"{file} is truncated or no safetensors file: {expected} bytes expected, {size:,} found; copy or download it again")
+        try:
+            header = json.loads(f.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} has no readable safetensors header ({error}); copy or download it again") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        what = "truncated" if size < expected else "longer than its header says"
+        raise ValueError(f"{file} is {what}: {expected:,} bytes expected, {size:,} found; copy or download it again")
+
+
+def _is_local(name_or_dir: str | Path) -> bool:
+    """Whether this means a directory: it is there, is a Path, or can't be a hub name (owner/name)."""
+    text = str(name_or_dir)
+    return isinstance(name_or_dir, Path) or Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """transformers' errors about files and networks, with what was asked for in front."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{name!r} is no directory here, and the hub gave no such model (or there is no network): {error}") from error
+
+
+def _architecture(config, name: str):
+    import transformers
+
+    listed = getattr(config, "architectures", None) or []
+    found = getattr(transformers, listed[0], None) if listed else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"architectures={listed} in the config of {name} names no model class of transformers {transformers.__version__}; "
+            "pass auto=transformers.AutoModelForCausalLM (or another Auto class)"
+        )
+    return found

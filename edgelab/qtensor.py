@@ -1,0 +1,128 @@
+"""`QTensor`: the packed codes and scales of one weight [out, in] or one expert stack [experts, out, in].
+
+Layout. A row's codes form a little-endian bit stream along the inputs: code k fills bits k*b .. k*b + b - 1, so at
+4 bits byte j holds code 2j in its low and code 2j+1 in its high nibble, and at 3 bits eight codes fill three bytes.
+Rows start on a byte. Scales are float16, [..., out, groups] (or [..., 1, 1] for PerTensor).
+
+QTensor owns the layout and never fits anything: methods produce codes and scales, `QTensor.from_codes` packs them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgelab.scheme import PerGroup, QuantScheme
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packed bytes uint8 [..., ceil(n * bits / 8)] of codes uint8 [..., n].
+
+    >>> pack(np.array([1, 2, 3, 15], np.uint8), 4)  # 0x21, 0xF3
+    array([ 33, 243], dtype=uint8)
+    """
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    n = codes.shape[-1]
+    if bits == 3:  # eight codes are one 24-bit number
+        wide = _padded(codes, 8).astype(np.uint32)
+        word = (wide << (3 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+        parts = (word[..., None] >> np.array([0, 8, 16], np.uint32)).astype(np.uint8)
+    else:
+        per_byte = 8 // bits
+        wide = _padded(codes, per_byte)
+        parts = np.zeros((*wide.shape[:-1], 1), np.uint8)
+        for i in range(per_byte):
+            parts[..., 0] |= wide[..., i] << (bits * i)
+    flat = parts.reshape(*codes.shape[:-1], -1)
+    return np.ascontiguousarray(flat[..., : (n * bits + 7) // 8])
+
+
+def unpack(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """Codes uint8 [..., n] of packed bytes: the inverse of `pack`.
+
+    >>> unpack(np.array([33, 243], np.uint8), 4, 4)
+    array([ 1,  2,  3, 15], dtype=uint8)
+    """
+    if bits == 8:
+        return packed[..., :n]
+    if bits == 3:
+        wide = _padded(packed, 3).astype(np.uint32)
+        word = wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
+        codes = word[..., None] >> (3 * np.arange(8, dtype=np.uint32)) & 7
+    else:
+        codes = packed[..., None] >> (bits * np.arange(8 // bits, dtype=np.uint8)) & (2**bits - 1)
+    return np.ascontiguousarray(codes.astype(np.uint8).reshape(*packed.shape[:-1], -1)[..., :n])
+
+
+def _padded(a: np.ndarray, unit: int) -> np.ndarray:
+    """`a` [..., n] as [..., ceil(n / unit), unit], filled up with zeros."""
+    short = -a.shape[-1] % unit
+    if short:
+        a = np.concatenate([a, np.zeros((*a.shape[:-1], short), a.dtype)], axis=-1)
+    return a.reshape(*a.shape[:-1], -1, unit)
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A quantized weight: `packed` uint8 [..., out, row_bytes], `scales` float16 (see the module), logical `shape`."""
+
+    packed: np.ndarray
+    scales: np.ndarray
+    shape: tuple[int, ...]
+    scheme: QuantScheme
+
+    def __post_init__(self) -> None:
+        expected = (*self.shape[:-1], self.scheme.row_bytes(self.shape[-1]))
+        if self.packed.dtype != np.uint8 or self.packed.shape != expected:
+            raise ValueError(f"packed is {self.packed.dtype} {self.packed.shape}; {self.scheme} of {self.shape} needs uint8 {expected}")
+        expected = self.scheme.scales_shape(self.shape)
+        if self.scales.dtype != np.float16 or self.scales.shape != expected:
+            raise ValueError(f"scales are {self.scales.dtype} {self.scales.shape}; {self.scheme} of {self.shape} needs float16 {expected}")
+
+    @classmethod
+    def from_codes(cls, codes: np.ndarray, scales: np.ndarray, scheme: QuantScheme) -> "QTensor":
+        """Pack codes uint8 [..., out, in] (0 .. 2**bits - 1) with their float16 scales.
+
+        Raises ValueError for codes out of range or scales that are not finite.
+        """
+        if codes.size and int(codes.max()) >= scheme.levels:
+            raise ValueError(f"code {int(codes.max())} does not fit {scheme}: codes are 0 .. {scheme.levels - 1}")
+        if not np.isfinite(scales).all():
+            raise ValueError("scales hold NaN or infinity: the weight is outside float16's range; rescale it first")
+        return cls(pack(codes, scheme.bits), np.ascontiguousarray(scales, np.float16), codes.shape, scheme)
+
+    def codes(self) -> np.ndarray:
+        """The codes, unpacked: uint8 [..., out, in]."""
+        return unpack(self.packed, self.scheme.bits, self.shape[-1])
+
+    def dequantize(self) -> np.ndarray:
+        """The weight that the codes stand for: float32 [..., out, in], scale * (q - zero_point).
+
+        >>> s = QuantScheme.parse("int4-row")
+        >>> QTensor.from_codes(np.array([[0, 8, 15]], np.uint8), np.array([[0.5]], np.float16), s).dequantize()
+        array([[-4. ,  0. ,  3.5]], dtype=float32)
+        """
+        q = self.codes().astype(np.float32) - np.float32(self.scheme.zero_point)
+        scales = self.scales.astype(np.float32)
+        if isinstance(self.scheme.granularity, PerGroup):
+            q = q.reshape(*self.shape[:-1], -1, self.scheme.granularity.size)
+            return (q * scales[..., None]).reshape(self.shape)
+        return q * scales
+
+    def __getitem__(self, expert: int) -> "QTensor":
+        """One expert of a stack (a view, nothing is copied)."""
+        if len(self.shape) != 3:
+            raise TypeError(f"only an expert stack [experts, out, in] can be indexed; this weight is {self.shape}")
+        return QTensor(self.packed[expert], self.scales[expert], self.shape[1:], self.scheme)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.scheme.bits_per_weight(self.shape)
+
+    def __repr__(self) -> str:
+        dims = " x ".join(map(str, self.shape))
+        return f"QTensor({dims}, {self.scheme}, {self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits per weight)"

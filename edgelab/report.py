@@ -1,0 +1,120 @@
+"""`Report`: measured numbers as rows. Every row says of which model, on what text, how sure, and where it comes from."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Literal
+
+Provenance = Literal["measured here", "measured at build", "modelled"]
+PROVENANCES = ("measured here", "measured at build", "modelled")
+
+
+@cache
+def machine() -> str:
+    """This machine in a line: processor, cores, system, Python."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number. `low` and `high` bound its 95 % interval (None: exact, or no interval was computed).
+
+    `slice` is the domain or text it was measured on ("" for none), `n` the number of documents or repetitions,
+    `corpus` the fingerprint of the data (`data.fingerprint`).
+    """
+
+    model: str
+    metric: str
+    value: float
+    unit: str = ""
+    slice: str = ""
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    seed: int | None = None
+    provenance: Provenance = "measured here"
+    machine: str = ""
+    corpus: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.provenance not in PROVENANCES:
+            raise ValueError(f"provenance={self.provenance!r} is not one of {', '.join(PROVENANCES)}")
+
+    def text(self, digits: int = 3) -> str:
+        """The value with its interval, as it is printed in tables.
+
+        >>> Row("int4", "kld", 0.0512, low=0.05, high=0.0533).text()
+        '0.051 [0.050, 0.053]'
+        """
+
+        def show(v: float) -> str:
+            return f"{v:,.{digits}f}" if isinstance(v, float) else f"{v:,}"
+
+        return show(self.value) + (f" [{show(self.low)}, {show(self.high)}]" if self.low is not None else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows, in the order they were measured. Reports add up: `a + b`."""
+
+    rows: tuple[Row, ...] = ()
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(self.rows + other.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, **equal) -> "Report":
+        """The rows whose fields equal the given values: `report.where(metric="kld", slice="prose")`."""
+        return Report(tuple(r for r in self.rows if all(getattr(r, k) == v for k, v in equal.items())))
+
+    def get(self, **equal) -> Row:
+        """The one row that matches. Raises LookupError when there is none or more than one."""
+        rows = self.where(**equal).rows
+        if len(rows) != 1:
+            raise LookupError(f"{len(rows)} rows match {equal}; one was expected")
+        return rows[0]
+
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(r.model for r in self.rows))
+
+    def table(self, digits: Callable[[Row], int] | int = 3) -> list[dict[str, str]]:
+        """One dict per (metric, slice) with a column per model: what the CLI, the notebooks and the page print."""
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for r in self.rows:
+            line = lines.setdefault((r.metric, r.slice), {"metric": r.metric, "on": r.slice, "unit": r.unit})
+            line[r.model] = r.text(digits(r) if callable(digits) else digits)
+        return list(lines.values())
+
+    def to_json(self) -> str:
+        return json.dumps({"format": 1, "rows": [asdict(r) for r in self.rows]}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        d = json.loads(text)
+        if d.get("format") != 1:
+            raise ValueError(f"report format {d.get('format')!r} is not 1: it was written by another edgelab")
+        known = {f.name for f in fields(Row)}
+        return cls(tuple(Row(**{k: v for k, v in r.items() if k in known}) for r in d["rows"]))
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        columns = ["metric", "on", "unit", *self.models()]
+        head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+        body = "".join("<tr>" + "".join(f"<td>{escape(line.get(c, ''))}</td>" for c in columns) + "</tr>" for line in self.table())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,176 @@
+# %% [markdown]
+# # 00 · Start here
+#
+# **Claim: this machine alone, without a network, is enough to make a mixture-of-experts language model small, to measure
+# what that costs, and to hand it to another runtime.**
+#
+# After this notebook you can
+#
+# 1. say whether your machine is ready, and what to do where it is not,
+# 2. read a machine's fingerprint and say why every figure carries one,
+# 3. name the parts of a mixture-of-experts (MoE) model and say which of them hold its bytes,
+# 4. say where the course's text comes from, and recognise a figure that was measured on other text,
+# 5. compare a language model with a baseline in a unit that no tokenizer can hide in.
+#
+# *Before you start*: Python, and an idea of what a neural network's weight matrix is. *Takes* about half a minute on two
+# cores and 1 GB of memory. Run it from top to bottom; every cell may be run again.
+#
+# How each section goes: **predict** (write your guess down, it is worth more than the answer), **run**, **look**,
+# **explain**.
+
+# %%
+import zlib
+
+from IPython.display import Markdown, display
+
+import edgelab
+from edgelab import data, doctor, plots, words
+from edgelab.compress import audit
+from edgelab.evaluate import evaluate
+from edgelab.model import family_of, load, load_tokenizer
+from edgelab.paths import data_dir
+
+# %% tags=["parameters"]
+model_dir = str(data_dir() / "edge-moe")  # any folder with a Hugging Face causal language model
+documents = 12  # per domain, for the measurement at the end
+seed = 0
+
+# %% [markdown]
+# ## 1. Is this machine ready?
+#
+# **Predict.** The course compresses, evaluates and exports a model of some seven million parameters. Which of these does
+# it need: a graphics card, a network, 16 GB of memory, two processor cores?
+
+# %%
+checks = doctor.examine()
+display(Markdown(doctor.table(checks)))
+assert not [c for c in checks if c.status == "fail"], "something essential is missing: see the way out beside it"
+
+# %% [markdown]
+# **Look.** Every line says `ok`, `warn` or `fail`, what was found, and the way out. `edgelab doctor` prints the same in a
+# terminal.
+#
+# **Explain.** None of the first three. Decoding is bound by memory, not by arithmetic, and the model is small on purpose:
+# its weights fit in a phone's cache hierarchy as they do in yours. What it needs is a complete Python: the corpus is read
+# from its standard library.
+
+# %% [markdown]
+# ## 2. The machine's fingerprint
+#
+# **Predict.** Which numbers in this course would change on another machine: bits per weight, KL divergence, tokens per
+# second?
+
+# %%
+display(Markdown("| what | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in doctor.fingerprint().items())))
+
+# %% [markdown]
+# **Explain.** Bits per weight is counted, and is the same everywhere. KL divergence hardly changes: float additions happen
+# in another order. Tokens per second belongs to one machine, and a figure without its machine says nothing. So each row
+# of a report carries this line, and *measured here*, *measured at build* and *modelled* never share a column.
+
+# %% [markdown]
+# ## 3. What a mixture-of-experts model is made of
+#
+# In each MoE layer a **router** picks a few of many small feed-forward networks, the **experts**, for each token; a
+# *shared* expert sees them all. The model computes little per token but has to *store* every expert: on a phone, storage
+# and memory are what is scarce.
+#
+# **Predict.** The model below has 16 experts in a layer and uses 2 of them per token. What share of its parameters are
+# experts? And what share of those does one token use?
+
+# %%
+model, tokenizer = load(model_dir), load_tokenizer(model_dir)
+config = model.config.get_text_config()
+coverage = audit(model)
+print(f"{type(model).__name__}, family {family_of(model).model_type}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}")
+coverage
+
+# %%
+plots.show(plots.layer_bytes(coverage, title="Bytes per layer, in the float32 that it computes in"), plots.say_layer_bytes(coverage))
+display(Markdown(plots.say_layer_bytes(coverage)))
+
+# %%
+by_role = {line["role"]: line["parameters"] for line in coverage.by_role()}
+experts = by_role["experts"]
+used = experts * config.num_experts_per_tok / config.n_routed_experts
+print(f"{experts / coverage.parameters:.1%} of {coverage.parameters:,} parameters are experts; a token uses {used / experts:.1%} of them")
+print(f"so one token touches {(coverage.parameters - experts + used) / coverage.parameters:.1%} of the model, and the phone stores 100 %")
+assert used < experts
+
+# %% [markdown]
+# **Explain.** The experts are where the bytes are. A tool that compresses only `nn.Linear` modules walks past them,
+# because current libraries keep all experts of a layer in one three-dimensional parameter. Notebook 01 shows what such a
+# "4-bit" model really weighs.
+
+# %% [markdown]
+# ## 4. The text
+#
+# **Predict.** No text of strangers lies in this repository and nothing is downloaded. Where do several megabytes of
+# English and code come from?
+
+# %%
+corpus = data.corpus()
+test = corpus["test"]
+fingerprint = data.fingerprint(corpus)
+print({split: len(part) for split, part in corpus.items()}, "fingerprint", fingerprint)
+for domain in data.DOMAINS:
+    example = next(row for row in test if row["domain"] == domain)
+    display(Markdown(f"**{domain}**\n```text\n{example['text'][:260].rstrip()}\n```"))
+
+# %% [markdown]
+# **Explain.** Prose and code are read from the Python that runs this notebook; commands and sums are generated. A
+# document's split is decided by the hash of its name, so that no text is both trained on and tested on. Another patch
+# release of Python has slightly other text, and the fingerprint says so.
+#
+# **The control that must fail.** If the fingerprint noticed nothing, it would be worthless. Change one letter of one
+# document:
+
+# %%
+texts = list(test["text"])
+changed = test.remove_columns("text").add_column("text", [texts[0][:-1] + "?", *texts[1:]])
+before, after = data.fingerprint(test), data.fingerprint(changed)
+print(before, "->", after)
+assert before != after, "the fingerprint did not notice a changed letter"
+
+# %% [markdown]
+# ## 5. Does the model know anything?
+#
+# **Predict.** The baseline is `zlib`, which knows no language but finds repetitions: how many bits does it need per byte
+# of prose? And the model? (Bytes that are pure chance need 8.)
+
+# %%
+report = evaluate({"fp": model}, tokenizer, test, max_docs=documents, seed=seed, bootstrap=500, speed=False, progress=False)
+for domain in data.DOMAINS:
+    text = "".join(row["text"] for row in test if row["domain"] == domain).encode()
+    row = report.get(metric="bits_per_byte", slice=domain)
+    print(f"{domain:10}  zlib {8 * len(zlib.compress(text, 9)) / len(text):.2f}   model {words.shown(row)}   bits per byte, {row.n} documents")
+
+# %% [markdown]
+# **Look.** The interval in brackets is a bootstrap over documents: with few documents it is wide, and a difference inside
+# it is no difference. `zlib` even had an advantage: it saw the whole test split of a domain at once.
+#
+# And in words: the model turns a spoken command into a call that a program can execute.
+
+# %%
+command = next(row for row in test if row["domain"] == "assistant")
+ids = tokenizer(command["prompt"], return_tensors="pt")
+answer = model.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1] :]
+print("asked    ", command["prompt"])
+print("expected ", command["answer"])
+print("answered ", tokenizer.decode(answer, skip_special_tokens=True))
+
+# %% [markdown]
+# ## What would change on your model
+#
+# Nothing but a name. Any causal language model of the Hugging Face hub, or a folder with one, takes the place of the
+# embedded one, and any text file that of the corpus:
+#
+# ```python
+# model, tokenizer = edgelab.load("Qwen/Qwen3-0.6B"), load_tokenizer("Qwen/Qwen3-0.6B")   # needs a network, once
+# ```
+#
+# ```
+# edgelab evaluate Qwen/Qwen3-0.6B --data my_text.txt --out runs/mine.json
+# ```
+#
+# Next: [01, compress, evaluate, export](01_compress_evaluate_export.ipynb), the whole way once.
