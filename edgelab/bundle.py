@@ -51,7 +51,9 @@ def save_bundle(
     """
     out = Path(out_dir)
     if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"a bundle holds a transformers model with its config; {type(model).__name__} is a plain module (use torch.save of its state)")
+        raise TypeError(
+            f"a bundle holds a transformers model with its config; {type(model).__name__} is a plain module (use torch.save of its state)"
+        )
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
         raise FileExistsError(f"{out} exists and is no bundle: it is not replaced; choose another directory")
     packed = quantized(model)
@@ -59,7 +61,9 @@ def save_bundle(
     audited = {r.name: r.scheme for r in coverage if r.touched}
     if audited != schemes:
         differs = sorted({*audited.items()} ^ {*schemes.items()})[0]
-        raise ValueError(f"the coverage is of another model: {differs[0]} ({differs[1]}) is not in both; pass the one that compress returned")
+        raise ValueError(
+            f"the coverage is of another model: {differs[0]} ({differs[1]}) is not in both; pass the one that compress returned"
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -121,8 +125,9 @@ def verify_bundle(bundle: str | Path) -> dict:
     for name, entry in manifest["files"].items():
         found = _sha256(Path(bundle) / name)
         if found != entry["sha256"]:
+            stated = str(entry["sha256"])[:12]
             raise ValueError(
-                f"{Path(bundle) / name} was changed: its sha256 is {found[:12]}..., the manifest says {str(entry['sha256'])[:12]}...; copy it again"
+                f"{Path(bundle) / name} was changed: its sha256 is {found[:12]}..., the manifest says {stated}...; copy it again"
             )
     strange = sorted(f.name for f in Path(bundle).iterdir() if f.name not in manifest["files"] and f.name != MANIFEST)
     if strange:
@@ -175,7 +180,9 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_chunk_bytes: in
         total += (folder / file).stat().st_size
         index |= dict.fromkeys(chunk, file)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1) + "\n")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1) + "\n"
+    )
     return total
 
 

@@ -107,7 +107,9 @@ def _free(out: Path, force: bool, *, ours: str) -> None:
 
 def _recipe(file: Path | None, scheme: str | None) -> Recipe:
     if (file is None) == (scheme is None):
-        raise ValueError("give either --recipe FILE or --scheme such as int4-g32, " + ("not both" if file else "for it says how to compress"))
+        raise ValueError(
+            "give either --recipe FILE or --scheme such as int4-g32, " + ("not both" if file else "for it says how to compress")
+        )
     if scheme is not None:
         return Recipe.uniform(scheme)
     try:
@@ -171,7 +173,12 @@ def _print_report(report: Report, title: str) -> None:
 
 def _print_coverage(coverage, title: str) -> None:
     _print_table(coverage.table(), title, right=("parameters", "touched", "bytes", "bits per weight"))
-    out_console.print(words.say_coverage(coverage) + "\n", markup=False)
+    out_console.print(words.say_coverage(coverage) + "\n", markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    """A detail below the line of its step."""
+    out_console.print(f"      {text}", markup=False, soft_wrap=True)
 
 
 class _Steps:
@@ -184,7 +191,7 @@ class _Steps:
     def __call__(self, text: str):
         self.done += 1
         started = time.perf_counter()
-        out_console.print(f"[{self.done}/{self.total}] {text}", markup=False)
+        out_console.print(f"[{self.done}/{self.total}] {text}", markup=False, soft_wrap=True, style="bold")
         yield
         out_console.print(f"      done in {time.perf_counter() - started:.1f} s", markup=False, style="dim")
 
@@ -222,7 +229,7 @@ def demo(
     that an earlier demo wrote is overwritten.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    steps = _Steps(7)
+    steps = _Steps(6)
     _free(out, force or (out / MARKER).is_file(), ours=MARKER)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(json.dumps({"edgelab": __version__, "seed": seed, "quick": quick}))
@@ -231,10 +238,10 @@ def demo(
         import torch
 
         from edgelab import data, page
-        from edgelab.bundle import load_bundle, save_bundle, verify_bundle
+        from edgelab.bundle import coverage_of, load_bundle, save_bundle, verify_bundle
         from edgelab.compress import audit, compress
         from edgelab.doctor import fingerprint, peak_rss_bytes
-        from edgelab.evaluate import evaluate
+        from edgelab.evaluate import QUICK_DOCS, evaluate
         from edgelab.export.onnx import export
         from edgelab.model import load, load_tokenizer
         from edgelab.paths import data_dir
@@ -245,18 +252,21 @@ def demo(
         corpus = data.corpus()
         test = corpus["test"]
         sizes = ", ".join(f"{name} {len(part):,}" for name, part in corpus.items())
-        out_console.print(f"      {type(model).__name__}, {audit(model).parameters:,} parameters; documents: {sizes}", markup=False)
+        _say(f"{type(model).__name__}, {audit(model).parameters:,} parameters; documents: {sizes}")
 
     recipes = {"int8": Recipe.uniform("int8-row"), "int4": Recipe.uniform("int4-g32")}
     with steps("Compress every weight matrix, the fused expert stacks included: int8 per row, int4 in groups of 32"):
         compressed = {name: compress(model, recipe) for name, recipe in recipes.items()}
         for name, c in compressed.items():
-            out_console.print(f"      {name}: {c.coverage!r}", markup=False)
+            _say(f"{name}: {c.coverage!r}")
 
     with steps("Evaluate all three on text that the model never saw"):
-        max_docs = {"prose": 24, "code": 24, "assistant": 60, "arithmetic": 120} if quick else {"prose": 80, "code": 80, "assistant": 200, "arithmetic": 400}
+        max_docs = {"prose": 8, "code": 8, "assistant": 40, "arithmetic": 80} if quick else dict(QUICK_DOCS)
         models = {"fp": model, **{name: c.model for name, c in compressed.items()}}
-        report = evaluate(models, tokenizer, test, max_docs=max_docs, seed=seed, bootstrap=500 if quick else 2000)
+        # the size of the original is that of its bfloat16 file, not of the float32 copy that runs here
+        sizes = {"fp": sum(f.stat().st_size for f in source.glob("*.safetensors"))}
+        sizes |= {name: c.coverage.predicted_bytes for name, c in compressed.items()}
+        report = evaluate(models, tokenizer, test, max_docs=max_docs, seed=seed, bootstrap=500 if quick else 2000, sizes=sizes)
 
     with steps("Save the int4 bundle, check its hashes, load it again"):
         int4 = compressed["int4"]
@@ -266,13 +276,10 @@ def demo(
         ids = tokenizer(test[0]["text"], return_tensors="pt").input_ids[:, :64]
         with torch.no_grad():
             difference = (again(ids).logits - int4.model(ids).logits).abs().max().item()
-        weight_files = sorted(bundle.glob("*.safetensors"))
-        file_bytes = sum(f.stat().st_size for f in weight_files)
-        predicted = int4.coverage.predicted_bytes
-        out_console.print(
-            f"      {len(weight_files)} weight file(s), {file_bytes:,} bytes on disk, {predicted:,} predicted ({file_bytes / predicted - 1:+.2%}); "
-            f"hashes match; the reloaded model's logits differ by at most {difference:.1e}",
-            markup=False,
+        saved = coverage_of(bundle)
+        _say(
+            f"{saved.file_bytes:,} bytes on disk, {saved.predicted_bytes:,} predicted ({saved.file_error:+.2%}), {saved.file_bytes / sizes['fp']:.3f} of the "
+            f"original's; hashes match; the reloaded model's logits differ by at most {difference:.1e}"
         )
         if difference > 1e-4:
             raise CheckFailedError(f"the reloaded bundle's logits differ by {difference:.3g} from the model that was saved")
@@ -280,7 +287,7 @@ def demo(
     with steps("Export the same int4 codes to ONNX and run them in ONNX Runtime"):
         exported = export(again, out / "int4.onnx")
         told = {line["item"]: line["value"] for line in exported.table()}
-        out_console.print(f"      {told['logits against torch']}; {told['verified by']}", markup=False)
+        _say(f"{told['logits against torch']}; {told['verified by']}")
 
     with steps("Write the report"):
         (out / "report.json").write_text(report.to_json(), encoding="utf-8")
@@ -291,19 +298,19 @@ def demo(
             "seed": seed,
             "documents per domain": ", ".join(f"{k} {v}" for k, v in max_docs.items()),
         }
-        sections = page.standard_sections(report, coverage=int4.coverage, recipes=recipes, facts=facts)
-        sections.insert(-1, page.Section("The exported file", (page.facts_table("ONNX, run in ONNX Runtime against torch with the same codes", told),)))
+        sections = page.standard_sections(report, coverage=saved, recipes=recipes, facts=facts)
+        sections.insert(
+            -1, page.Section("The exported file", (page.facts_table("ONNX, run in ONNX Runtime against torch with the same codes", told),))
+        )
         lead = (
             f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point and in 8 and 4 bits. "
             f"Every number was measured on {machine()} by `edgelab demo`."
         )
         path = page.write(out / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)
 
-    with steps("Done"):
-        pass
     out_console.print()
     _print_report(report, "Measured here, with 95 % intervals (paired bootstrap over documents) in brackets")
-    _print_coverage(int4.coverage, "Coverage audit of int4")
+    _print_coverage(saved, "Coverage audit of int4")
     _print_table(exported.table(), "ONNX file, verified in ONNX Runtime")
     out_console.print(f"bundle   {bundle}\nONNX     {out / 'int4.onnx'}\nreport   {path.resolve().as_uri()}", markup=False, soft_wrap=True)
     out_console.print(f"{steps.seconds:.1f} s in all on {n_threads} threads, peak memory {peak_rss_bytes() / 1e9:.2f} GB", markup=False)
@@ -315,7 +322,9 @@ def compress(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the bundle to.")],
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A recipe as JSON.")] = None,
-    scheme: Annotated[str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, int3-g64.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, int3-g64.")
+    ] = None,
     threads: Threads = 0,
     force: Force = False,
 ) -> None:
@@ -343,7 +352,9 @@ def compress(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or bundles; the first is the baseline unless --baseline says otherwise.")],
     baseline: Annotated[str | None, typer.Option("--baseline", help="The model that the others are compared with.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="A .txt, .jsonl or .parquet file (column text, optional domain, prompt, answer).")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A .txt, .jsonl or .parquet file (column text, optional domain, prompt, answer).")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the report to this .json file, and a page beside it.")] = None,
     max_docs: MaxDocs = 100,
     threads: Threads = 0,
@@ -429,7 +440,14 @@ def info(
     out_console.print(f"{type(loaded).__name__}, family {kind or 'none'} ({known})\n", markup=False)
     if weights:
         rows = [
-            {"weight": r.name, "role": r.role, "shape": " x ".join(map(str, r.shape)), "stored as": r.scheme, "bytes": f"{r.predicted_bytes:,}"} for r in coverage.rows
+            {
+                "weight": r.name,
+                "role": r.role,
+                "shape": " x ".join(map(str, r.shape)),
+                "stored as": r.scheme,
+                "bytes": f"{r.predicted_bytes:,}",
+            }
+            for r in coverage.rows
         ]
         _print_table(rows, "Stored tensors", right=("bytes",))
     _print_coverage(coverage, "Weights by role")
@@ -448,10 +466,11 @@ def info(
 def doctor() -> None:
     """Examine this machine: packages against the tested versions, CPU features, memory, and whether it works without a network."""
     from edgelab.doctor import examine, fingerprint
+    from edgelab.doctor import table as doctor_table
 
     _print_table([{"what": k, "value": v} for k, v in fingerprint().items()], "This machine")
     checks = examine()
-    _print_table([{"": c.status, "what": c.name, "found": c.found, "way out": c.way_out} for c in checks], "Examination")
+    _print_table(doctor_table(checks), "Examination")
     failed = [c.name for c in checks if c.status == "fail"]
     if failed:
         raise CheckFailedError(f"{', '.join(failed)}: see the way out beside each")

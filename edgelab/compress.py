@@ -48,14 +48,14 @@ def compress(model: nn.Module, recipe: Recipe, *, progress: bool = True, inplace
         match step:
             case Quantize():
                 _quantize(result, schemes, step, progress)
-                audit(result).check(step.min_expert_share)
-            case _:
-                raise TypeError(f"{type(step).__name__} is not a step that compress knows")
     if steps and hasattr(result, "save_pretrained"):
         from edgelab.hf import adopt  # transformers; not needed for a plain torch module
 
         adopt(result)
-    return Compressed(result, audit(result), recipe)
+    coverage = audit(result)
+    for step in recipe.steps:  # at the end: one step may do the experts, another the rest
+        coverage.check(step.min_expert_share)
+    return Compressed(result, coverage, recipe)
 
 
 def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
@@ -71,6 +71,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
         match step:
             case Quantize():
                 schemes = _plan_quantize(model, every, step)
+            case _:
+                raise TypeError(f"{step!r} is not a step that compress knows")
         twice = taken & set(schemes)
         if twice:
             raise ValueError(f"two steps of the recipe quantize {sorted(twice)[0]}; give it a scheme in one of them only")
@@ -79,7 +81,9 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
     for name, p in model.named_parameters() if steps else ():
         broken = int((~torch.isfinite(p)).sum()) if p.is_floating_point() else 0
         if broken:
-            raise ValueError(f"{name} holds {broken} NaN or infinite values of {p.numel()}: the checkpoint is broken; load it again or repair it")
+            raise ValueError(
+                f"{name} holds {broken} NaN or infinite values of {p.numel()}: the checkpoint is broken; load it again or repair it"
+            )
     return steps
 
 
@@ -93,7 +97,9 @@ def audit(model: nn.Module) -> Coverage:
     parameters = {name for name, _ in model.named_parameters()}
     known = {w.parameter_name: w for w in weights(model)}
     strangers, kind = unknown_experts(model), family_of(model).model_type
-    way_out = f"model_type {kind!r} is not in edgelab.model.FAMILIES; tell its layout: FAMILIES[{kind!r}] = Family({kind!r}, ExpertLayout(...))"
+    way_out = (
+        f"model_type {kind!r} is not in edgelab.model.FAMILIES; tell its layout: FAMILIES[{kind!r}] = Family({kind!r}, ExpertLayout(...))"
+    )
     for name, tensor in stored_tensors(model).items():
         if name not in codes:
             role = known[name].role if name in known else "experts" if name in strangers else "other"
@@ -123,7 +129,9 @@ def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dic
         if scheme is None:
             continue
         if w.kind == "router":
-            raise ValueError(f"{w.name} is a router that its module computes itself and stays in floating point: put ('@router', None) first")
+            raise ValueError(
+                f"{w.name} is a router that its module computes itself and stays in floating point: put ('@router', None) first"
+            )
         try:
             scheme.groups(w.shape[-1])
         except ValueError as error:

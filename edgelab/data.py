@@ -125,7 +125,6 @@ def _read_module(path: Path, root: Path) -> Iterator[tuple[str, str, str]]:
 def _library_documents() -> Iterator[tuple[str, str, str]]:
     """(domain, identity, text) of everything readable in this interpreter's standard library, in a fixed order."""
     import builtins
-
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -142,6 +141,7 @@ def _library_documents() -> Iterator[tuple[str, str, str]]:
 
 # ------------------------------------------------------------------------------------------------- assistant
 
+# ruff: noqa: SIM905 (lists of words read better as words)
 _HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
 _UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _UNITS += "seventeen eighteen nineteen".split()
@@ -343,3 +343,165 @@ def fingerprint(data) -> str:
         for text in part["text"]:
             h.update(hashlib.sha256(text.encode()).digest())
     return h.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------ text of your own
+
+_TEXT, _JSON, _PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of `text` (blank lines part them); one shorter than `_MIN_CHARS` is joined to the next."""
+    block = ""
+    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+        if paragraph.strip():
+            block = f"{block}\n\n{paragraph.strip()}" if block else paragraph.strip()
+        if len(block) >= _MIN_CHARS:
+            yield block + "\n"
+            block = ""
+    if block:
+        yield block + "\n"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); convert it, as in: iconv -f latin1 -t utf-8") from None
+
+
+def _read_files(path: Path):
+    """A Dataset of a file, or of all files below a folder; its column `_file` names the document where a file is one."""
+    import datasets
+
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    known = [f for f in files if f.suffix.lower() in _TEXT + _JSON + _PARQUET]
+    if not known:
+        wanted = ", ".join(_TEXT + _JSON + _PARQUET)
+        raise ValueError(f"{path} {'is not' if path.is_file() else 'holds no'} file that can be read here ({wanted})")
+    parts = []
+    for kinds, read in ((_JSON, datasets.Dataset.from_json), (_PARQUET, datasets.Dataset.from_parquet)):
+        if some := [str(f) for f in known if f.suffix.lower() in kinds]:
+            parts.append(read(some, keep_in_memory=True))
+    texts = [f for f in known if f.suffix.lower() in _TEXT]
+    if texts and path.is_file():
+        parts.append(datasets.Dataset.from_dict({"text": list(_paragraphs(_read_text(path)))}))
+    elif texts:
+        names = [f.relative_to(path).as_posix() for f in texts]
+        parts.append(datasets.Dataset.from_dict({"text": [_read_text(f) for f in texts], "_file": names}))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _one_dataset(source, config: str | None):
+    """Any source as one `datasets.Dataset`, its own splits put together."""
+    import datasets
+
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.exists():
+            source = _read_files(path)
+        elif (
+            isinstance(source, Path) or path.is_absolute() or str(source).startswith(".") or path.suffix.lower() in _TEXT + _JSON + _PARQUET
+        ):
+            raise FileNotFoundError(
+                f"source={str(source)!r} does not exist; give a text, jsonl or parquet file, a folder of them, or a hub name"
+            )
+        else:
+            try:
+                source = datasets.load_dataset(source, config)
+            except (OSError, datasets.exceptions.DatasetNotFoundError) as e:
+                raise FileNotFoundError(f"source={source!r} is neither a local path nor a data set that the hub gave: {e}") from e
+    if isinstance(source, datasets.DatasetDict):
+        source = datasets.concatenate_datasets(list(source.values()))
+    if not isinstance(source, datasets.Dataset):
+        raise TypeError(f"source is a {type(source).__name__}; give a Dataset, a DatasetDict, a path or a hub name")
+    return source
+
+
+def from_source(
+    source,
+    *,
+    text: str = "text",
+    prompt: str | None = None,
+    answer: str | None = None,
+    domain: str | None = None,
+    id: str | None = None,
+    label: str = "text",
+    config: str | None = None,
+):
+    """Text of your own in the corpus' place: a `datasets.DatasetDict` of train, calibration and test with its columns.
+
+    `source` is a `datasets` Dataset or DatasetDict, a hub name (with `config`, its configuration), a .txt/.md, .jsonl/.json
+    or .parquet file, or a folder of such files. A single text file has a document per paragraph, a folder of text files
+    a document per file; long ones are cut at line ends as in the corpus, and their pieces stay in one split.
+
+    `text`, `prompt`, `answer`, `domain` and `id` name columns. Where prompt and answer are given, text = prompt + answer
+    and the answer is what evaluation scores; without `domain` every document's domain is `label`. Columns of the corpus'
+    own names are taken without being named. The split is `split_of` of the document's id (what is before a '#', so that
+    pieces x#0 and x#1 stay together), or of its text where there is no id: the source's own splits are put together
+    first. Texts that occur twice are kept once.
+
+    >>> import datasets
+    >>> mine = datasets.Dataset.from_dict({"body": [f"letter number {i}" for i in range(50)]})
+    >>> from_source(mine, text="body", label="letters")["test"]["text"]
+    ['letter number 13', 'letter number 14', 'letter number 17', 'letter number 31', 'letter number 40']
+
+    Raises FileNotFoundError for a source that does not exist, ValueError for a missing column or no documents.
+    """
+    import datasets
+
+    rows = _one_dataset(source, config)
+    named = {"text": text, "prompt": prompt, "answer": answer, "domain": domain, "id": id}
+    for mine, column in named.items():
+        if column is None and mine in rows.column_names:
+            named[mine] = mine
+    if (prompt is None) != (answer is None):
+        raise ValueError(f"prompt={prompt!r} and answer={answer!r}: name both columns or neither")
+    if not (named["prompt"] and named["answer"]):  # half a pair, as in a question without its answer, is no pair
+        named["prompt"] = named["answer"] = None
+    if named["id"] is None and "_file" in rows.column_names:
+        named["id"] = "_file"
+    if named["prompt"] and text not in rows.column_names:
+        named["text"] = None
+    for mine, column in named.items():
+        if column is not None and column not in rows.column_names:
+            raise ValueError(f"{mine}={column!r} is not a column of the source; it has {', '.join(rows.column_names)}")
+    columns = {mine: rows[column][:] if column else None for mine, column in named.items()}
+
+    def cell(name: str, i: int) -> str:
+        value = columns[name][i] if columns[name] is not None else None
+        return "" if value is None else str(value)
+
+    seen: set[bytes] = set()
+    out: dict[str, dict[str, list]] = {s: {k: [] for k in ("domain", "id", "text", "prompt", "answer")} for s in SPLITS}
+    for i in range(len(rows)):
+        asked, said = cell("prompt", i), cell("answer", i)
+        whole = asked + said if said else cell("text", i)
+        kind = cell("domain", i) or label
+        name = cell("id", i)
+        identity = name.rsplit("#", 1)[0] if name else f"{kind}:{whole}"
+        pieces = [whole] if said else list(_pieces_of_any(whole))
+        for part, piece in enumerate(pieces):
+            key = hashlib.sha256(" ".join(piece.split()).encode()).digest()
+            if not piece.strip() or key in seen:
+                continue
+            seen.add(key)
+            short = name or f"{kind}:{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+            called = short if len(pieces) == 1 else f"{short}#{part}"
+            target = out[split_of(identity)]
+            record = {"domain": kind, "id": called, "text": piece, "prompt": asked if said else "", "answer": said}
+            for k, v in record.items():
+                target[k].append(v)
+    if not seen:
+        raise ValueError(f"the source holds no documents: {len(rows)} rows, all of them empty in {text!r}")
+    return datasets.DatasetDict({s: datasets.Dataset.from_dict(out[s]) for s in SPLITS})
+
+
+def _pieces_of_any(text: str) -> Iterator[str]:
+    """`_pieces`, but a line longer than `_MAX_CHARS` is cut instead of dropped: other people's text wraps as it likes."""
+    lines = text.splitlines(keepends=True)
+    yield from (
+        _pieces("".join(lines))
+        if all(len(line) <= _MAX_CHARS for line in lines)
+        else (text[i : i + _MAX_CHARS] for i in range(0, len(text), _MAX_CHARS))
+    )

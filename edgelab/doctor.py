@@ -131,7 +131,9 @@ def _packages() -> list[Check]:
             way_out = f"without it there is no {missing}" if missing else f"pip install {name}" + (f"=={want}" if want else "")
             checks.append(Check(name, "warn" if missing else "fail", "not installed", way_out))
         elif want and have.split("+")[0] != want.split("+")[0]:
-            checks.append(Check(name, "warn", f"{have}; tested with {want}", f"pip install {name}=={want} if something behaves differently"))
+            checks.append(
+                Check(name, "warn", f"{have}; tested with {want}", f"pip install {name}=={want} if something behaves differently")
+            )
         else:
             checks.append(Check(name, "ok", have + ("" if want else " (no tested version is recorded here)")))
     return checks
@@ -148,7 +150,11 @@ def _offline() -> list[Check]:
         weights = sorted(folder.glob("*.safetensors"))
         if missing or not weights:
             lost = ", ".join([*missing, *([] if weights else ["*.safetensors"])])
-            checks.append(Check(f"model {name}", status, f"{lost} missing in {folder}", "restore data/ from the repository, or train it: make pretrain"))
+            checks.append(
+                Check(
+                    f"model {name}", status, f"{lost} missing in {folder}", "restore data/ from the repository, or train it: make pretrain"
+                )
+            )
         else:
             checks.append(Check(f"model {name}", "ok", f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB of weights"))
     try:
@@ -156,29 +162,43 @@ def _offline() -> list[Check]:
 
         library = Path(os.__file__).parent
         n = sum(1 for _ in library.glob("*.py"))
-        checks.append(Check("text for the corpus", "ok" if n > 100 else "fail", f"{len(topics.topics)} topics, {n} modules in the standard library"))
+        checks.append(
+            Check("text for the corpus", "ok" if n > 100 else "fail", f"{len(topics.topics)} topics, {n} modules in the standard library")
+        )
     except ImportError:
-        checks.append(Check("text for the corpus", "fail", "pydoc_data is missing", "install the full standard library (Debian: python3-full)"))
+        checks.append(
+            Check("text for the corpus", "fail", "pydoc_data is missing", "install the full standard library (Debian: python3-full)")
+        )
     return checks
 
 
 def examine() -> list[Check]:
     """Every check, in the order in which a newcomer would need them."""
     v = sys.version_info
-    checks = [Check("Python", "ok" if v >= (3, 11) else "fail", platform.python_version(), "" if v >= (3, 11) else "use Python 3.11 or newer")]
+    checks = [
+        Check("Python", "ok" if v >= (3, 11) else "fail", platform.python_version(), "" if v >= (3, 11) else "use Python 3.11 or newer")
+    ]
     checks += _packages()
     flags = [k for k in CPU_FEATURES if k in cpu_flags()]
-    checks.append(Check("CPU features", "ok" if flags else "warn", ", ".join(CPU_FEATURES[k] for k in flags) or "none known: portable loops"))
+    checks.append(
+        Check("CPU features", "ok" if flags else "warn", ", ".join(CPU_FEATURES[k] for k in flags) or "none known: portable loops")
+    )
     cores = usable_cores()
     checks.append(Check("cores", "ok" if cores >= 2 else "warn", str(cores), "" if cores >= 2 else "everything runs, about half as fast"))
     memory = memory_gb()
     if memory:
         enough = memory[1] >= _MIN_FREE_GB
-        checks.append(Check("memory", "ok" if enough else "warn", f"{memory[1]:.1f} GB free of {memory[0]:.1f}", "" if enough else f"the demo may need {_MIN_FREE_GB:.0f} GB"))
+        checks.append(
+            Check(
+                "memory",
+                "ok" if enough else "warn",
+                f"{memory[1]:.1f} GB free of {memory[0]:.1f}",
+                "" if enough else f"the demo may need {_MIN_FREE_GB:.0f} GB",
+            )
+        )
     return checks + _offline()
 
 
-def table(checks: list[Check]) -> str:
-    """The checks as a Markdown table, for a notebook."""
-    head = "| | what | found | way out |\n|---|---|---|---|\n"
-    return head + "\n".join(f"| {c.status} | {c.name} | {c.found} | {c.way_out} |" for c in checks)
+def table(checks: list[Check]) -> list[dict[str, str]]:
+    """The checks as lines of text, for the CLI and the notebook."""
+    return [{"status": c.status, "what": c.name, "found": c.found, "way out": c.way_out} for c in checks]

@@ -348,7 +348,7 @@ def specialisation(counts: np.ndarray, domains: list[str], *, permutations: int 
     rng = np.random.default_rng(seed)
     random = [jensen_shannon(_shares(counts, member[:, rng.permutation(len(domains))])).mean() for _ in range(permutations)]
     bits = float(by_layer.mean())
-    reached = (1 + sum(r >= bits for r in random)) / (1 + permutations)
+    reached = (1 + sum(bool(r >= bits) for r in random)) / (1 + permutations)
     high = float(np.quantile(random, 0.975))
     return Specialisation(bits, float(np.mean(random)), high, reached, tuple(map(float, by_layer)), len(domains))
 

@@ -12,6 +12,7 @@ model: rounding them to bfloat16 would change the weights. `QExperts` stands in 
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numba
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgelab.kernels.matmul import qmatmul, qmatmul_experts
+from edgelab.kernels.matmul import PARALLEL_FROM, qmatmul, qmatmul_experts
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
 
@@ -124,15 +125,20 @@ class Quantized(nn.Module):
         held = self._views.get(name)
         key = (packed.data_ptr(), scales.data_ptr())
         if held is None or held[0] is not packed or held[1] is not scales or held[2] != key:
-            views = (packed.contiguous().numpy(), scales.contiguous().view(torch.int16).numpy())
-            held = self._views[name] = (packed, scales, key, views)
+            if packed.dtype != torch.uint8 or scales.dtype != torch.float16:
+                raise TypeError(
+                    f"{name}: packed is {packed.dtype} and scales are {scales.dtype}; they must be torch.uint8 and torch.float16: "
+                    "load the state dict without casting it"
+                )
+            held = self._views[name] = (packed, scales, key, (packed.numpy(), scales.view(torch.int16).numpy()))
         return held[3]
 
     def _use_kernel(self, *inputs: Tensor) -> bool:
         if self.kernel != "numba" or torch.compiler.is_compiling():
             return False
-        grad = torch.is_grad_enabled()
-        return all(t.device.type == "cpu" and not (grad and t.requires_grad) for t in inputs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return False
+        return all(t.is_cpu for t in inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._views.clear()
@@ -176,13 +182,13 @@ class QLinear(Quantized):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
         if self._use_kernel(x, self.packed):
-            rows = x.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
-            y = torch.empty(rows.shape[0], self.out_features)
-            _share_threads()
-            qmatmul(*self._arrays("weight"), s.scheme.bits, s.group_size, rows.numpy(), y.numpy())
-            y = y.view(*x.shape[:-1], self.out_features)
+            rows = _rows(x)
+            y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32)
+            _share_threads(rows.size * self.out_features)
+            qmatmul(*self._arrays("weight"), s.scheme.bits, s.group_size, rows, y.numpy().reshape(-1, self.out_features))
         else:
-            y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
+            with _float32(x.device):
+                y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
@@ -204,7 +210,12 @@ class QEmbedding(Quantized):
 
     @classmethod
     def empty(
-        cls, num_embeddings: int, embedding_dim: int, scheme: QuantScheme, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        num_embeddings: int,
+        embedding_dim: int,
+        scheme: QuantScheme,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> "QEmbedding":
         """A layer of zeros, to load a state dict into."""
         return cls(Blank((num_embeddings, embedding_dim), scheme), padding_idx, dtype)
@@ -288,34 +299,37 @@ class QExperts(Quantized):
         """
         tokens, k = top_k_index.shape
         if hidden_states.shape != (tokens, self.hidden_dim):
-            raise ValueError(f"hidden_states is {tuple(hidden_states.shape)}; with top_k_index {tokens, k} it must be {tokens, self.hidden_dim}")
-        choice = top_k_index.reshape(-1)
-        order = choice.argsort(stable=True)
-        counts = torch.bincount(choice, minlength=self.num_experts + 1)
-        if counts.numel() > self.num_experts + 1:
-            raise ValueError(f"top_k_index holds {int(choice.max())}; experts are 0 .. {self.num_experts - 1}, {self.num_experts} means none")
-        kept = order[: tokens * k - int(counts[-1])]  # the sentinels come last
-        x = hidden_states[kept // k].float()  # [n, hidden], sorted by expert
-        if self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed):
-            y = self._by_kernel(x, counts[:-1], choice[kept])
-        else:
-            y = self._by_torch(x, counts[:-1].tolist())
-        # back to [T, k, hidden], then one weighted sum per token: no order of additions to depend on
-        spread = y.new_zeros(tokens * k, self.hidden_dim).index_copy(0, kept, y)
-        weights = torch.where(top_k_index == self.num_experts, 0, top_k_weights.float())
-        return torch.einsum("tk,tkh->th", weights, spread.view(tokens, k, self.hidden_dim)).to(hidden_states.dtype)
+            raise ValueError(
+                f"hidden_states is {tuple(hidden_states.shape)} and top_k_index {tokens, k}; they must be [T, {self.hidden_dim}] and [T, k]"
+            )
+        choice = top_k_index.reshape(-1).cpu().numpy()
+        order = np.argsort(choice, kind="stable")
+        offsets = np.searchsorted(choice[order], np.arange(self.num_experts + 1))  # [experts + 1]; the sentinels come last
+        if choice.size and (choice[order[0]] < 0 or choice[order[-1]] > self.num_experts):
+            raise ValueError(
+                f"top_k_index holds {choice.min()} .. {choice.max()}; "
+                f"experts are 0 .. {self.num_experts - 1}, and {self.num_experts} means none"
+            )
+        kept = torch.from_numpy(order[: offsets[-1]]).to(hidden_states.device)
+        with _float32(hidden_states.device):
+            x = hidden_states[kept // k].float()  # [n, hidden], sorted by expert
+            by_kernel = self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed)
+            y = self._by_kernel(x, offsets) if by_kernel else self._by_torch(x, np.diff(offsets).tolist())
+            # back to [T, k, hidden], then one weighted sum per token; a skipped choice is a row of zeros
+            rows = y.new_zeros(tokens * k, self.hidden_dim).index_copy_(0, kept, y)
+            weights = top_k_weights.float()
+            if len(kept) < tokens * k:  # its weight may be anything, NaN too
+                weights = weights.masked_fill(top_k_index == self.num_experts, 0)
+            return (weights[:, None, :] @ rows.view(tokens, k, self.hidden_dim))[:, 0].to(hidden_states.dtype)
 
-    def _by_kernel(self, x: Tensor, counts: Tensor, expert: Tensor) -> Tensor:
-        offsets = np.zeros(self.num_experts + 1, np.int64)
-        np.cumsum(counts.numpy(), out=offsets[1:])
-        _share_threads()
+    def _by_kernel(self, x: Tensor, offsets: np.ndarray) -> Tensor:
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
-            y = torch.empty(x.shape[0], s.shape[1])
-            x = x.detach().contiguous()
-            qmatmul_experts(*self._arrays(name), s.scheme.bits, s.group_size, x.numpy(), offsets, y.numpy())
+            y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32)
+            _share_threads(y.numel() * s.shape[2])
+            qmatmul_experts(*self._arrays(name), s.scheme.bits, s.group_size, _rows(x), offsets, y.numpy())
             if bias is not None:
-                y += bias.float()[expert]
+                y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
             x = self._glu(y) if name == "gate_up_proj" else y
         return x
 
@@ -352,6 +366,19 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements="CW"))
 
 
-def _share_threads() -> None:
-    """`torch.set_num_threads` holds for the kernels too."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _rows(x: Tensor) -> np.ndarray:
+    """`x` [..., in] as a contiguous float32 array [tokens, in]; not copied when it is one already."""
+    return x.detach().to(torch.float32).contiguous().numpy().reshape(-1, x.shape[-1])
+
+
+def _float32(device: torch.device) -> AbstractContextManager:
+    """Arithmetic in float32 also under `torch.autocast`."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _share_threads(multiply_adds: int) -> None:
+    """`torch.set_num_threads` holds for the kernels too, where they use threads at all."""
+    if multiply_adds >= PARALLEL_FROM:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))

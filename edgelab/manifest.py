@@ -16,7 +16,7 @@ from edgelab.paths import data_dir
 
 NAME = "manifest.json"
 
-_TRAINED = "trained from scratch by this project (python -m edgelab.pretrain {}) on text read from CPython's standard library and on generated text"
+_TRAINED = "trained from scratch by this project (python -m edgelab.pretrain {}) on CPython's standard library and on generated text"
 # (pattern of the path below data/, origin, licence); the first match holds.
 ORIGINS = [
     ("edge-moe/README.md", "written by this project", "Apache-2.0"),

@@ -147,7 +147,9 @@ def weights(model: nn.Module) -> list[Weight]:
             full = f"{module_name}.{parameter}"
             tied_to = owners.setdefault(ties.get(full, full) if stored.is_meta else id(stored), name)
             role = _role(family, head, name, kind)
-            found.append(Weight(name, module_name, parameter, kind, role, tuple(tensor.shape), tensor, tied_to if tied_to != name else None))
+            found.append(
+                Weight(name, module_name, parameter, kind, role, tuple(tensor.shape), tensor, tied_to if tied_to != name else None)
+            )
     return found
 
 
@@ -233,7 +235,8 @@ def swap(model: nn.Module, tensors: Mapping[str, QTensor | Blank]) -> None:
     known = {w.name: w for w in weights(model)}
     for name, q in tensors.items():
         if name not in known:
-            raise ValueError(f"{name!r} is no weight of this {type(model).__name__}; weights(model) lists {len(known)}, such as {next(iter(known), None)!r}")
+            some = next(iter(known), None)
+            raise ValueError(f"{name!r} is no weight of this {type(model).__name__}; weights(model) lists {len(known)}, such as {some!r}")
         if tuple(q.shape) != known[name].shape:
             raise ValueError(f"{name} has the shape {known[name].shape}, its codes have {tuple(q.shape)}")
         if known[name].kind == "router":
@@ -391,11 +394,11 @@ def load(name_or_dir: str | Path, *, dtype: torch.dtype = torch.float32, auto=No
                 f"model_type={config.get('model_type')!r} in {Path(name_or_dir) / 'config.json'} is not an architecture that transformers "
                 f"{transformers.__version__} knows, and code from a checkpoint (trust_remote_code) is never run"
             )
-        if (config.get("quantization_config") or {}).get("quant_method") == "edgelab":
-            import edgelab.hf  # noqa: F401 (registers the quantizer; hf imports this module, so not at the top)
     name = str(name_or_dir)
     with _named(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if dict(getattr(config, "quantization_config", None) or {}).get("quant_method") == "edgelab":
+        import edgelab.hf  # noqa: F401 (registers the quantizer; hf imports this module, so not at the top)
     source = auto or _architecture(config, name)
     extra = {"trust_remote_code": False} if auto else {}
     with _named(name):
@@ -429,6 +432,9 @@ def check_directory(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file() and not (path / "model.safetensors").is_file():
         wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [f for f in wanted if Path(f).name != f or "\\" in f]
+        if outside:
+            raise ValueError(f"{index} lists {outside[0]!r}, which is outside its directory")
         gone = [f for f in wanted if not (path / f).is_file()]
         if gone:
             raise FileNotFoundError(f"{gone[0]} is missing in {path}: {len(gone)} of its {len(wanted)} weight files are not there")
@@ -453,7 +459,9 @@ def check_safetensors(file: Path) -> None:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or 8 + length > size:
             expected = f"at least {8 + length:,}" if len(head) == 8 and length < 1 << 30 else "at least 8"
-            raise ValueError(f"{file} is truncated or no safetensors file: {expected} bytes expected, {size:,} found; copy or download it again")
+            raise ValueError(
+                f"{file} is truncated or no safetensors file: {expected} bytes expected, {size:,} found; copy or download it again"
+            )
         try:
             header = json.loads(f.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]

@@ -5,7 +5,6 @@ figure; beside it stands a sentence in words, and every number is in a table wit
 from anywhere: `external_loads` finds what would be.
 """
 
-
 import os
 import re
 from collections.abc import Iterable
@@ -68,7 +67,10 @@ class Table:
 
         head = "".join(cell("th", c, c, ' scope="col"') for c in self.columns)
         body = "".join(
-            "<tr>" + cell("th", self.columns[0], r[0], ' scope="row"') + "".join(cell("td", c, v) for c, v in zip(self.columns[1:], r[1:], strict=True)) + "</tr>"
+            "<tr>"
+            + cell("th", self.columns[0], r[0], ' scope="row"')
+            + "".join(cell("td", c, v) for c, v in zip(self.columns[1:], r[1:], strict=True))
+            + "</tr>"
             for r in self.rows
         )
         label = escape(self.caption, quote=True)
@@ -101,7 +103,9 @@ class Section:
     parts: tuple[object, ...]
 
 
-def report_table(report: Report, caption: str = "All measurements, with 95 % intervals (paired bootstrap over documents) in brackets") -> Table:
+def report_table(
+    report: Report, caption: str = "All measurements, with 95 % intervals (paired bootstrap over documents) in brackets"
+) -> Table:
     models = report.models()
     rows = tuple((line["metric"], line["on"], *(line.get(m, "") for m in models)) for line in words.table(report))
     return Table(caption, ("metric", "on", *models), rows, tuple(models))
@@ -109,10 +113,25 @@ def report_table(report: Report, caption: str = "All measurements, with 95 % int
 
 def coverage_table(coverage, caption: str = "Coverage audit: what each weight became, and the bytes it takes") -> Table:
     rows = tuple(
-        (r.name, r.role, " x ".join(map(str, r.shape)), f"{r.parameters:,}", str(r.scheme), "yes" if r.touched else "no", f"{r.predicted_bytes:,}")
+        (
+            r.name,
+            r.role,
+            " x ".join(map(str, r.shape)),
+            f"{r.parameters:,}",
+            str(r.scheme),
+            "yes" if r.touched else "no",
+            f"{r.predicted_bytes:,}",
+        )
         for r in coverage.rows
     )
-    total = ("all", "", "", f"{sum(r.parameters for r in coverage.rows):,}", f"{coverage.bits_per_weight:.3f} bits per weight", f"{100 * coverage.share:.2f} %")
+    total = (
+        "all",
+        "",
+        "",
+        f"{sum(r.parameters for r in coverage.rows):,}",
+        f"{coverage.bits_per_weight:.3f} bits per weight",
+        f"{100 * coverage.share:.2f} %",
+    )
     return Table(
         caption,
         ("weight", "role", "shape", "parameters", "stored as", "in low bits", "bytes"),
@@ -143,7 +162,9 @@ def plots_of(report: Report, coverage=None) -> list[Plot]:
     return made
 
 
-def standard_sections(report: Report, *, coverage=None, recipes: dict[str, object] | None = None, facts: dict[str, object] | None = None) -> list[Section]:
+def standard_sections(
+    report: Report, *, coverage=None, recipes: dict[str, object] | None = None, facts: dict[str, object] | None = None
+) -> list[Section]:
     """The sections of the report that `edgelab demo` and `edgelab evaluate` write."""
     metrics = [words.METRICS[m] for m in words.METRICS if report.where(metric=m).rows]
     meaning = Table("What the metrics mean", ("metric", "better", "meaning"), tuple((m.title, m.better, m.meaning) for m in metrics))
@@ -155,9 +176,13 @@ def standard_sections(report: Report, *, coverage=None, recipes: dict[str, objec
         sections.append(Section("Coverage audit", (words.say_coverage(coverage), coverage_table(coverage))))
     for name, recipe in (recipes or {}).items():
         sections.append(Section(f"Recipe {name} ({recipe.digest})", (("code", recipe.to_json()),)))
-    notes = tuple(dict.fromkeys((f"{words.metric(r.metric).title}, {r.model}", r.note) for r in report if r.note))
+    notes: dict[tuple[str, str], list[str]] = {}
+    for r in report:
+        if r.note:
+            notes.setdefault((words.metric(r.metric).title, r.note), []).append(r.model)
     if notes:
-        sections.append(Section("Notes to the measurements", (Table("How each was measured", ("what", "note"), notes),)))
+        rows = tuple((title, ", ".join(dict.fromkeys(of)), note) for (title, note), of in notes.items())
+        sections.append(Section("Notes to the measurements", (Table("How each was measured", ("metric", "model", "note"), rows),)))
     if facts:
         sections.append(Section("Where this was measured", (facts_table("Machine, text and versions", facts),)))
     return sections
@@ -175,7 +200,11 @@ def render(title: str, lead: str, sections: Iterable[Section]) -> str:
                 number += 1
                 body.append(part.html(f"plot-{number}"))
             elif isinstance(part, Table):
-                body.append(part.html() if len(part.rows) <= 24 else f"<details><summary>{escape(part.caption)} ({len(part.rows)} rows)</summary>{part.html()}</details>")
+                body.append(
+                    part.html()
+                    if len(part.rows) <= 24
+                    else f"<details><summary>{escape(part.caption)} ({len(part.rows)} rows)</summary>{part.html()}</details>"
+                )
             elif isinstance(part, tuple):
                 body.append(f"<pre>{escape(part[1])}</pre>")
             else:
@@ -214,5 +243,3 @@ def external_loads(html: str) -> list[str]:
     found += re.findall(r"""url\(\s*["']?([^"')]+)""", markup)
     found += re.findall(r"""@import\s+["']([^"']+)""", markup)
     return [f for f in found if not f.startswith(("data:", "#"))]
-
-

@@ -39,7 +39,9 @@ pio.templates["edgelab"] = TEMPLATE
 
 
 def _figure(title: str, x: str, y: str, **layout) -> go.Figure:
-    fig = go.Figure(layout={"template": TEMPLATE, "title": {"text": title}, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}})
+    fig = go.Figure(
+        layout={"template": TEMPLATE, "title": {"text": title}, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    )
     return fig.update_layout(**layout)
 
 
@@ -130,8 +132,20 @@ def layer_bytes(coverage, *, title: str = "Bytes per layer") -> go.Figure:
     for i, role in enumerate(dict.fromkeys(r.role for r in coverage.rows)):
         y = [sizes[p].get(role, 0) / 1e6 for p in places]
         if any(y):
-            fig.add_bar(x=places, y=y, name=role or "other", marker={"color": OKABE_ITO[i % len(OKABE_ITO)]}, hovertemplate="%{x}: %{y:.3f} MB<extra>%{fullData.name}</extra>")
-    fig.add_scatter(x=places, y=[full[p] / 1e6 for p in places], mode="markers", name="in bfloat16", marker={"color": INK, "symbol": "diamond", "size": 9})
+            fig.add_bar(
+                x=places,
+                y=y,
+                name=role or "other",
+                marker={"color": OKABE_ITO[i % len(OKABE_ITO)]},
+                hovertemplate="%{x}: %{y:.3f} MB<extra>%{fullData.name}</extra>",
+            )
+    fig.add_scatter(
+        x=places,
+        y=[full[p] / 1e6 for p in places],
+        mode="markers",
+        name="in bfloat16",
+        marker={"color": INK, "symbol": "diamond", "size": 9},
+    )
     return fig
 
 

@@ -71,7 +71,9 @@ def _mark(x: float, y: float, colour: str, symbol: str) -> str:
         return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>'
     if symbol.startswith(("diamond", "triangle", "cross", "x")):
         points = {"d": [(0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)], "t": [(0, -5), (5, 4), (-5, 4)]}
-        shape = points.get(symbol[0], [(-2, -5), (2, -5), (2, -2), (5, -2), (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2), (-5, -2), (-2, -2)])
+        shape = points.get(
+            symbol[0], [(-2, -5), (2, -5), (2, -2), (5, -2), (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2), (-5, -2), (-2, -2)]
+        )
         return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in shape)}" fill="{colour}"/>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.2" fill="{colour}"/>'
 
@@ -113,7 +115,9 @@ def to_svg(fig, *, describe: str = "") -> str:
     y_zero = bool(bars) or layout.yaxis.rangemode == "tozero"
     y_axis = _Axis(ys, (_HEIGHT - _BOTTOM, _TOP), log=y_log, zero=y_zero, fixed=layout.yaxis.range)
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" font-family="system-ui, sans-serif">']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" font-family="system-ui, sans-serif">'
+    ]
     title = layout.title.text or ""
     out.append(f"<title>{escape(title)}</title>" + (f"<desc>{escape(describe)}</desc>" if describe else ""))
     out.append(f'<g font-size="11" fill="{_INK}">')

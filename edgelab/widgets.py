@@ -98,12 +98,18 @@ class BitsControl:
                     "x": [size[r.model] for r in rows],
                     "y": [r.value for r in rows],
                     "text": [f"{r.model}: {words.shown(r)}" for r in rows],
-                    "marker": {"size": [15 if r.model == name else 8 for r in rows], "color": plots.OKABE_ITO[i], "symbol": plots.SYMBOLS[i]},
+                    "marker": {
+                        "size": [15 if r.model == name else 8 for r in rows],
+                        "color": plots.OKABE_ITO[i],
+                        "symbol": plots.SYMBOLS[i],
+                    },
                 }
                 if i < len(self.figure.data):
                     self.figure.data[i].update(series)
                 else:
-                    self.figure.add_scatter(**series, mode="markers", name=on or "all text", hovertemplate="%{text}<extra>%{fullData.name}</extra>")
+                    self.figure.add_scatter(
+                        **series, mode="markers", name=on or "all text", hovertemplate="%{text}<extra>%{fullData.name}</extra>"
+                    )
         klds = [r for r in report.where(model=name, metric="kld") if r.slice]
         told = ", ".join(f"{words.shown(r)} nats per token on {r.slice}" for r in klds)
         size_row = report.get(model=name, metric="weight_bytes")
@@ -121,7 +127,9 @@ class BitsControl:
         """The measurements so far as an HTML table, a line per choice."""
         report = self.combined
         domains = words.slices(report, "kld")
-        head = "".join(f'<th scope="col">{escape(c)}</th>' for c in ("scheme", "size", "bits per weight", *(f"KLD on {d}" for d in domains)))
+        head = "".join(
+            f'<th scope="col">{escape(c)}</th>' for c in ("scheme", "size", "bits per weight", *(f"KLD on {d}" for d in domains))
+        )
         lines = []
         for scheme in self.reports:
             name = str(scheme)
@@ -140,7 +148,16 @@ class BitsControl:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(w.VBox([w.HBox([self.bits, self.granularity, self.group_size], layout={"flex_flow": "row wrap"}), self.sentence, self.figure, self.table]))
+        display(
+            w.VBox(
+                [
+                    w.HBox([self.bits, self.granularity, self.group_size], layout={"flex_flow": "row wrap"}),
+                    self.sentence,
+                    self.figure,
+                    self.table,
+                ]
+            )
+        )
 
 
 def measurer(model, tokenizer, data, *, max_docs, seed: int = 0, baseline: str = "fp") -> Callable[[QuantScheme], Report]:

@@ -26,17 +26,43 @@ class Metric:
 
 
 METRICS = {
-    "weight_bytes": Metric("size", "weights, MB", 2, "lower", "bytes of all parameters as stored, scales counted (MB of 10^6)", "megabytes"),
-    "bits_per_weight": Metric("bits per weight", "bits per weight", 3, "lower", "effective: scales, norms, router, head and embedding counted"),
+    "weight_bytes": Metric(
+        "size", "weights, MB", 2, "lower", "bytes of all parameters as stored, scales counted (MB of 10^6)", "megabytes"
+    ),
+    "bits_per_weight": Metric(
+        "bits per weight", "bits per weight", 3, "lower", "effective: scales, norms, router, head and embedding counted"
+    ),
     "perplexity": Metric("perplexity", "perplexity (per token)", 2, "lower", "exp of the mean negative log-likelihood per token"),
-    "bits_per_byte": Metric("bits per byte", "bits per byte", 3, "lower", "negative log2-likelihood per byte of text; no tokenizer hides in it"),
-    "kld": Metric("KL divergence, mean", "KL divergence, nats per token", 4, "lower", "to the baseline's next-token distribution, float32 logits"),
-    "kld_p99": Metric("KL divergence, 99 %", "KL divergence, 99th percentile", 3, "lower", "one token in a hundred is changed more than this"),
-    "same_top": Metric("same top token", "same top token, %", 1, "higher", "share of positions where both models' first choice is the same", "share"),
+    "ln_ppl_ratio": Metric(
+        "ln perplexity ratio",
+        "ln(perplexity / baseline's)",
+        4,
+        "lower",
+        "paired with the baseline; an interval that holds 0 shows no difference",
+    ),
+    "bits_per_byte": Metric(
+        "bits per byte", "bits per byte", 3, "lower", "negative log2-likelihood per byte of text; no tokenizer hides in it"
+    ),
+    "kld": Metric(
+        "KL divergence, mean", "KL divergence, nats per token", 4, "lower", "to the baseline's next-token distribution, float32 logits"
+    ),
+    "kld_p99": Metric(
+        "KL divergence, 99 %", "KL divergence, 99th percentile", 3, "lower", "one token in a hundred is changed more than this"
+    ),
+    "same_top": Metric(
+        "same top token", "same top token, %", 1, "higher", "share of positions where both models' first choice is the same", "share"
+    ),
     "exact_match": Metric("exact match", "exact match, %", 1, "higher", "share of answers that are right to the last character", "share"),
     "flips": Metric("flips", "flips, %", 1, "lower", "share of answers that turned from right to wrong or back", "share"),
-    "router_overlap": Metric("router overlap", "router overlap, %", 1, "higher", "share of the baseline's top-k experts still chosen", "share"),
-    "tokens_per_s": Metric("tokens per second", "tokens per second", 0, "higher", "measured here; threads and context in the note"),
+    "router_overlap": Metric(
+        "router overlap", "router overlap, %", 1, "higher", "share of the baseline's top-k experts still chosen", "share"
+    ),
+    "tokens_per_s": Metric(
+        "tokens per second", "tokens per second", 0, "higher", "written one by one, as in a conversation; threads in the note"
+    ),
+    "prefill_tokens_per_s": Metric(
+        "tokens read per second", "tokens read per second", 0, "higher", "a prompt read at once; threads in the note"
+    ),
 }
 
 
@@ -89,6 +115,20 @@ def table(report: Report, metrics: Iterable[str] | None = None) -> list[dict[str
         line = lines.setdefault((row.metric, row.slice, row.provenance), {"metric": title, "on": row.slice})
         line[row.model] = shown(row)
     return list(lines.values())
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The rows of `table` (or any dicts of text) as a Markdown table, for a notebook.
+
+    >>> print(markdown([{"metric": "flips", "int4": "1 %"}]))
+    | metric | int4 |
+    |---|---|
+    | flips | 1 % |
+    """
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    lines = [columns, *([row.get(c, "") for c in columns] for row in rows)]
+    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(columns), *text[1:]])
 
 
 def slices(report: Report, name: str) -> list[str]:
@@ -150,9 +190,9 @@ def say_coverage(coverage) -> str:
     text = f"{100 * coverage.share:.2f} % of all parameters are in low bits"
     if coverage.expert_share is not None:
         text += f", and {100 * coverage.expert_share:.2f} % of the experts' parameters"
-    kept = [r for r in coverage.rows if not r.touched]
+    kept = [r for r in coverage.rows if not r.touched and r.parameters]
     text += f"; the whole model takes {coverage.predicted_bytes:,} bytes, {coverage.bits_per_weight:.3f} bits per weight with everything counted."
     if kept:
         largest = max(kept, key=lambda r: r.parameters)
-        text += f" {len(kept)} weights are kept as they were, the largest of them {largest.name} ({largest.parameters:,} parameters)."
+        text += f" {len(kept)} parameters are kept as they were, the largest of them {largest.name} ({largest.parameters:,} numbers)."
     return text

@@ -42,7 +42,10 @@ CONFIGS = {
         n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=8, qk_rope_head_dim=8,
         v_head_dim=8, num_nextn_predict_layers=0,
     ),
-    "gpt_oss": lambda: transformers.GptOssConfig(**BASE, **LOCAL_EXPERTS, head_dim=8, layer_types=["full_attention"] * 2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **BASE, **LOCAL_EXPERTS, head_dim=8, layer_types=["full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 }  # fmt: skip
 
 
@@ -107,7 +110,9 @@ def test_expert_stacks_have_the_orientation_of_a_linear(family):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_swapped_model_equals_one_that_holds_the_dequantized_weights(family, kernel):
     model = tiny(family)
-    codes = {w.name: round_to_nearest(w.tensor, QuantScheme.parse("int4-g32")) for w in weights(model) if not w.tied_to and w.kind != "router"}
+    codes = {
+        w.name: round_to_nearest(w.tensor, QuantScheme.parse("int4-g32")) for w in weights(model) if not w.tied_to and w.kind != "router"
+    }
     reference = copy.deepcopy(model)
     for w in weights(reference):
         if w.name in codes:  # a view: this writes into the model, whatever way it stores the weight
@@ -138,7 +143,10 @@ def test_tied_weights_share_one_set_of_codes_in_copies_too():
     assert isinstance(model.model.embed_tokens, layers.QEmbedding) and isinstance(model.lm_head, layers.QLinear)
     for m in (model, copy.deepcopy(model)):
         assert m.lm_head.packed is m.model.embed_tokens.packed and m.lm_head.scales is m.model.embed_tokens.scales
-        assert [n for n in stored_tensors(m) if n.endswith(("packed", "scales"))] == ["model.embed_tokens.packed", "model.embed_tokens.scales"]
+        assert [n for n in stored_tensors(m) if n.endswith(("packed", "scales"))] == [
+            "model.embed_tokens.packed",
+            "model.embed_tokens.scales",
+        ]
     model.tie_weights()  # transformers has nothing left to tie, and must not fail
 
 
@@ -295,7 +303,7 @@ def test_load_errors(tmp_path):
     file.write_bytes(whole)
 
     config.write_text(json.dumps(settings | {"model_type": "never_heard_of"}))
-    with pytest.raises(ValueError, match=r"model_type='never_heard_of' in .* is not an architecture .* trust_remote_code\) is never run"):
+    with pytest.raises(ValueError, match=r"model_type='never_heard_of' in .* is not an architecture .*trust_remote_code\) is never run"):
         load(tmp_path / "m")
     config.write_text(json.dumps(settings | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match=r"architectures=\['NoSuchModel'\] .* names no model class .* pass auto="):
@@ -320,8 +328,22 @@ def test_a_missing_shard_is_named(tmp_path):
         load(tmp_path)
 
 
+def test_an_index_that_leaves_the_directory_is_refused(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    d = json.loads(index.read_text())
+    name = next(iter(d["weight_map"]))
+    (tmp_path / "m" / d["weight_map"][name]).rename(tmp_path / "secret.safetensors")
+    d["weight_map"][name] = "../secret.safetensors"
+    index.write_text(json.dumps(d))
+    with pytest.raises(ValueError, match=r"lists '../secret.safetensors', which is outside its directory"):
+        load(tmp_path / "m")
+
+
 def test_a_hub_name_without_a_network_says_so():
-    with pytest.raises(OSError, match=r"'edgelab-tests/no-such-model' is no directory here, and the hub gave no such model \(or there is no network\)"):
+    with pytest.raises(
+        OSError, match=r"'edgelab-tests/no-such-model' is no directory here, and the hub gave no such model \(or there is no network\)"
+    ):
         load("edgelab-tests/no-such-model")
 
 

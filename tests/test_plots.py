@@ -60,7 +60,7 @@ def test_size_against_draws_what_the_report_says(report):
 
 
 def test_size_against_says_what_is_missing(report):
-    with pytest.raises(LookupError, match="no rows of .weight_bytes"):
+    with pytest.raises(LookupError, match=r"no rows of .weight_bytes"):
         plots.size_against(report.where(metric="kld"))
 
 
@@ -131,7 +131,9 @@ def test_table_keeps_measured_and_modelled_apart():
 
 
 def test_page_is_one_file_that_loads_nothing(report, coverage, tmp_path):
-    sections = page.standard_sections(report, coverage=coverage, recipes={"int4": Recipe.uniform("int4-g32")}, facts={"machine": "m </script>"})
+    sections = page.standard_sections(
+        report, coverage=coverage, recipes={"int4": Recipe.uniform("int4-g32")}, facts={"machine": "m </script>"}
+    )
     path = page.write(tmp_path / "deep" / "report.html", "A <title>", "lead & more", sections)
     html = path.read_text(encoding="utf-8")
     assert page.external_loads(html) == []

@@ -269,6 +269,18 @@ def test_makefile_and_readme_name_real_extras_and_targets():
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert "max_docs=8" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example.replace("max_docs=8", "max_docs=2"), "README.md", "exec"), names)
+    assert names["small"].coverage.expert_share == 1.0
+    assert names["report"].models() == ["fp", "int4"]
+    assert (tmp_path / "edge-moe-int4" / "edgelab.json").is_file()
+
+
 # --------------------------------------------------------------------------------------------- data and the wheel
 
 
@@ -297,7 +309,7 @@ def test_a_file_of_unknown_origin_stays_out_of_the_ledger(tmp_path):
     (tmp_path / "found-somewhere.bin").write_bytes(b"?")
     with pytest.raises(ValueError, match="no known origin"):
         manifest.write(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
         manifest.check(tmp_path)
 
 
@@ -326,8 +338,7 @@ def test_the_wheel_carries_its_data(tmp_path):
     assert sources <= inside
     assert not [name for name in inside if name.startswith(("tests/", "notebooks/", "data/"))]
     site = str(tmp_path / "site")
-    said = python("import edgelab
-from edgelab import manifest, paths; print(paths.data_dir(), manifest.check())", PYTHONPATH=site)
+    said = python("from edgelab import manifest, paths; print(paths.data_dir(), manifest.check())", PYTHONPATH=site)
     assert said == f"{Path(site, 'edgelab', '_data').resolve()} []"
     (entry_points,) = Path(site).glob("*.dist-info/entry_points.txt")
     assert "edgelab = edgelab.cli:app" in entry_points.read_text(encoding="utf-8")

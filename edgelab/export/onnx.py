@@ -311,10 +311,14 @@ class _Writer:
         self._scales: dict[str, object] = {}
 
     def op(self, kind: str, *inputs, domain: str = "", **attributes):
-        node = self.ir.node(kind, inputs, attributes, domain=domain, name=f"{self.scope}/{kind}.{len(self.nodes)}")
-        node.outputs[0].name = f"{node.name}.out"
+        return self.ops(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(self, kind: str, *inputs, outputs: int, domain: str = "", **attributes):
+        node = self.ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs)
+        for i, value in enumerate(node.outputs):  # short names, and none for nodes: a small file is half names otherwise
+            value.name = f"{self.scope}/{len(self.nodes)}" + f".{i}" * (outputs > 1)
         self.nodes.append(node)
-        return node.outputs[0]
+        return node.outputs
 
     def constant(self, array: np.ndarray, name: str):
         """The initializer `name`; made on first use."""
@@ -380,13 +384,10 @@ class _Writer:
 
     def expert(self, x, e: int, layer: _Layer):
         """[n, hidden] of the expert `e` for tokens [n, hidden]."""
-        wide, half = self.product(x, layer, f"gate_up.{e}"), layer.weights[f"down.{e}"]
-        half = half.q.shape[1] if isinstance(half, _Blocks) else half.shape[1]
-        axes, step = self.integers(-1), self.integers(2 if layer.interleaved else 1)
-        starts = (0, 1) if layer.interleaved else (0, half)
-        ends = (2 * half, 2 * half) if layer.interleaved else (half, 2 * half)
-        gate, up = (self.op("Slice", wide, self.integers(s), self.integers(t), axes, step) for s, t in zip(starts, ends, strict=True))
+        wide = self.product(x, layer, f"gate_up.{e}")
         if layer.interleaved:  # gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), clamped
+            end, axis, step = self.integers(2**31 - 1), self.integers(-1), self.integers(2)
+            gate, up = (self.op("Slice", wide, self.integers(start), end, axis, step) for start in (0, 1))
             limit, low, alpha, one = (
                 self.constant(np.array(v, np.float32), f"{layer.name}.{k}")
                 for k, v in (("limit", layer.source.limit), ("low", -layer.source.limit), ("alpha", layer.source.alpha), ("one", 1))
@@ -395,6 +396,7 @@ class _Writer:
             gate = self.op("Mul", gate, self.op("Sigmoid", self.op("Mul", gate, alpha)))
             inner = self.op("Mul", self.op("Add", up, one), gate)
         else:
+            gate, up = self.ops("Split", wide, outputs=2, axis=-1, num_outputs=2)
             inner = self.op("Mul", self.activation(gate, layer.source.act_fn), up)
         return self.product(inner, layer, f"down.{e}")
 
@@ -546,7 +548,7 @@ def _notes(layers: list[tuple[nn.Module, _Layer, int]], experts: str) -> tuple[s
     widened = [w for w in codes if w.bits != w.q.scheme.bits]
     if widened:
         more = sum(w.nbytes - w.q.nbytes for w in widened)
-        notes.append(f"{len(widened)} weights of 3 bits are stored as 4 bits, with the same values: {more:,} bytes more than the codes need")
+        notes.append(f"{len(widened)} weights of 3 bits are stored as 4 bits, the same values: {more:,} bytes more than their codes need")
     if any(layer.kind == "experts" for _, layer, _ in layers):
         notes.append(f"experts written {'per routed token' if experts == 'sparse' else 'for all tokens, top-k by comparisons'} ({experts})")
     return tuple(notes)
@@ -600,9 +602,7 @@ def verify(
             "Export with accuracy_level=1 (float32 activations) and experts='sparse', or lower min_cosine knowingly"
         )
     by = f"onnxruntime {needed.ort.__version__} CPUExecutionProvider, {' + '.join(map(str, lengths))} tokens"
-    return replace(
-        result, bytes=expected.bytes, weights_quantized=quantized, experts_quantized=experts, parity=parity, verified_by=by
-    )
+    return replace(result, bytes=expected.bytes, weights_quantized=quantized, experts_quantized=experts, parity=parity, verified_by=by)
 
 
 def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tuple[int, int]:

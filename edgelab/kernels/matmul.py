@@ -23,110 +23,130 @@ U = np.uint64  # an index or mask: a plain 2 beside a uint64 would make a float6
 
 
 @intrinsic
-def _half(typingctx, bits):
-    """float32 of the float16 whose bits are the int16 `bits`."""
+def _as_float32(typingctx, bits):
+    """The float32 whose bits are the int32 `bits`."""
 
     def codegen(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return builder.bitcast(args[0], ir.FloatType())
 
-    return types.float32(types.int16), codegen
+    return types.float32(types.int32), codegen
 
 
 @approx
-def _spread(row, bits, codes):
-    """Fill `codes` (uint64, read as bytes) with one byte per code of a packed row of 2, 3 or 4 bits.
-
-    A unit of codes (a byte; three bytes at 3 bits) is pulled apart by halves with shifts and masks, in one integer that
-    is then stored whole. At 3 bits, octal 76543210 -> 0x07060504_03020100 in three steps. Loads and stores run
-    straight through memory, so LLVM does many units at once. Assumes a little-endian machine, as `QTensor` does.
-    """
-    if bits == 4:
-        c16 = codes.view(np.uint16)
-        for j in range(U(row.size)):
-            x = np.uint32(row[j])
-            c16[j] = (x | x << 4) & 0x0F0F
-    elif bits == 2:
-        c32 = codes.view(np.uint32)
-        for j in range(U(row.size)):
-            x = np.uint32(row[j])
-            x = (x | x << 12) & 0x000F000F
-            c32[j] = (x | x << 6) & 0x03030303
-    else:
-        units = U(row.size) // U(3)
-        for j in range(units):
-            at = U(3) * j
-            codes[j] = _spread3(U(row[at]) | U(row[at + U(1)]) << U(8) | U(row[at + U(2)]) << U(16))
-        if row.size % 3:  # a row's end inside a unit
-            word = U(row[U(3) * units])
-            if row.size % 3 == 2:
-                word |= U(row[U(3) * units + U(1)]) << U(8)
-            codes[units] = _spread3(word)
+def _half(h):
+    """float32 of the finite float16 whose bits are the int16 `h`."""
+    # By hand and not LLVM's `fpext half`: without F16C (an old or a masked virtual CPU) that becomes a call to a compiler
+    # library that numba does not link, and crashes the process. A table of 65,536 would be frozen into every kernel and
+    # compete for the cache. No float32 on the way is subnormal, so `torch.set_flush_denormal(True)` changes nothing.
+    magnitude = np.int32(h) & 0x7FFF
+    if magnitude < 0x0400:  # subnormal: magnitude * 2**-24
+        f = np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
+    else:  # the exponent's bias grows from 15 to 127
+        f = _as_float32(np.int32((magnitude << 13) + ((127 - 15) << 23)))
+    return -f if h < 0 else f
 
 
 @approx
 def _spread3(x):
+    """Eight codes, one per byte, of a 24-bit number: octal 76543210 -> 0x07060504_03020100, by halves."""
     x = (x | x << U(20)) & U(0x00000FFF_00000FFF)
     x = (x | x << U(10)) & U(0x003F003F_003F003F)
     return (x | x << U(5)) & U(0x07070707_07070707)
 
 
 @approx
-def _unpack_row(row, scales, bits, group_size, codes, w):
-    """Fill `w` float32 [in] with the values of one packed row; `scales` int16 [groups], `codes` scratch for `_spread`."""
-    # Indices are unsigned: a signed one that might be negative is tested for wrapping around at every element, and that
-    # test keeps a loop out of the vector registers (seen: 0.85 against 0.15 ns per weight).
-    if bits == 8:
-        c = row
+def _spread(packed, o, bits, c16, c32, c64):
+    """One byte per code of row `o`, at 2, 3 or 4 bits, into a scratch that c16, c32 and c64 view as wider integers.
+
+    A unit of codes (one byte, or three at 3 bits) is pulled apart with shifts and masks in one integer, which is then
+    stored whole. Loads and stores run straight through memory, so LLVM does many units at once. The last unit may
+    write past the row's end: the scratch has room. Assumes a little-endian machine, as `QTensor` does.
+    """
+    row_bytes = U(packed.shape[1])
+    if bits == 4:
+        for j in range(row_bytes):
+            x = np.uint32(packed[o, j])
+            c16[j] = (x | x << 4) & 0x0F0F
+    elif bits == 2:
+        for j in range(row_bytes):
+            x = np.uint32(packed[o, j])
+            x = (x | x << 12) & 0x000F000F
+            c32[j] = (x | x << 6) & 0x03030303
     else:
-        _spread(row, bits, codes)
-        c = codes.view(np.uint8)
+        units, rest = row_bytes // U(3), row_bytes % U(3)
+        for j in range(units):
+            at = U(3) * j
+            c64[j] = _spread3(U(packed[o, at]) | U(packed[o, at + U(1)]) << U(8) | U(packed[o, at + U(2)]) << U(16))
+        if rest > U(0):  # the row ends inside a unit
+            word = U(packed[o, U(3) * units])
+            if rest > U(1):
+                word |= U(packed[o, U(3) * units + U(1)]) << U(8)
+            c64[units] = _spread3(word)
+
+
+@approx
+def _scale(codes, row, scales, o, bits, group_size, w):
+    """w [in] = scale * (q - zero point), for row `row` of the one-byte `codes` and the scales of output row `o`."""
     zero_point = np.int32(1 << (bits - 1))
     size = U(group_size) if group_size > 0 else U(w.size)
-    for g in range(U(scales.size)):
-        s = _half(scales[g])
+    scale_row = o if scales.shape[0] > 1 else U(0)
+    for g in range(U(scales.shape[1])):
+        s = _half(scales[scale_row, g])
         for k in range(g * size, (g + U(1)) * size):
-            w[k] = s * np.float32(np.int32(c[k]) - zero_point)
+            w[k] = s * np.float32(np.int32(codes[row, k]) - zero_point)
 
 
 @approx
 def _block(packed, scales, bits, group_size, x, y, first, last):
     """Output rows first .. last - 1 of y [tokens, out] = x [tokens, in] times the transposed weight."""
-    tokens, n = x.shape
+    # Indices are unsigned and rows are not sliced. A signed index that might be negative is tested for wrapping around
+    # at every element, which keeps a loop out of the vector registers (seen: 0.85 against 0.15 ns per weight); a slice
+    # costs an atomic count of references, which threads would contend for.
+    tokens, n = U(x.shape[0]), U(x.shape[1])
+    c64 = np.empty((1, n // U(8) + U(1)), np.uint64)
+    c8, c16, c32 = c64.view(np.uint8), c64.view(np.uint16)[0], c64.view(np.uint32)[0]
+    c1 = c64[0]
     u = np.zeros(n, np.float32)
     v = np.zeros(n, np.float32)  # stays zero beside a last odd row
-    codes = np.empty(n // 8 + 1, np.uint64)
     zero = np.float32(0)
-    for o in range(first, last, 2):
-        two = o + 1 < last
-        _unpack_row(packed[o], scales[o if scales.shape[0] > 1 else 0], bits, group_size, codes, u)
-        if two:
-            _unpack_row(packed[o + 1], scales[o + 1 if scales.shape[0] > 1 else 0], bits, group_size, codes, v)
-        whole = tokens - tokens % 4
-        for t in range(0, whole, 4):
-            x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
+    end = U(last)
+    for o in range(U(first), end, U(2)):
+        two = o + U(1) < end
+        if bits == 8:
+            _scale(packed, o, scales, o, bits, group_size, u)
+            if two:
+                _scale(packed, o + U(1), scales, o + U(1), bits, group_size, v)
+        else:
+            _spread(packed, o, bits, c16, c32, c1)
+            _scale(c8, U(0), scales, o, bits, group_size, u)
+            if two:
+                _spread(packed, o + U(1), bits, c16, c32, c1)
+                _scale(c8, U(0), scales, o + U(1), bits, group_size, v)
+        whole = tokens - tokens % U(4)
+        for t in range(U(0), whole, U(4)):
+            t1, t2, t3 = t + U(1), t + U(2), t + U(3)
             u0, u1, u2, u3, v0, v1, v2, v3 = zero, zero, zero, zero, zero, zero, zero, zero
             for k in range(n):
                 a, b = u[k], v[k]
-                u0 += a * x0[k]
-                u1 += a * x1[k]
-                u2 += a * x2[k]
-                u3 += a * x3[k]
-                v0 += b * x0[k]
-                v1 += b * x1[k]
-                v2 += b * x2[k]
-                v3 += b * x3[k]
-            y[t, o], y[t + 1, o], y[t + 2, o], y[t + 3, o] = u0, u1, u2, u3
+                u0 += a * x[t, k]
+                u1 += a * x[t1, k]
+                u2 += a * x[t2, k]
+                u3 += a * x[t3, k]
+                v0 += b * x[t, k]
+                v1 += b * x[t1, k]
+                v2 += b * x[t2, k]
+                v3 += b * x[t3, k]
+            y[t, o], y[t1, o], y[t2, o], y[t3, o] = u0, u1, u2, u3
             if two:
-                y[t, o + 1], y[t + 1, o + 1], y[t + 2, o + 1], y[t + 3, o + 1] = v0, v1, v2, v3
-        for t in range(whole, tokens):
-            x0 = x[t]
+                y[t, o + U(1)], y[t1, o + U(1)], y[t2, o + U(1)], y[t3, o + U(1)] = v0, v1, v2, v3
+        for t in range(whole, tokens):  # also the whole of decoding, one token at a time
             u0, v0 = zero, zero
             for k in range(n):
-                u0 += u[k] * x0[k]
-                v0 += v[k] * x0[k]
+                u0 += u[k] * x[t, k]
+                v0 += v[k] * x[t, k]
             y[t, o] = u0
             if two:
-                y[t, o + 1] = v0
+                y[t, o + U(1)] = v0
 
 
 @approx

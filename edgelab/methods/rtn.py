@@ -23,8 +23,8 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, *, mse_grid: int = 0) 
     """The `QTensor` of `weight` [out, in] or [experts, out, in] (any float dtype, any device), rounded to nearest.
 
     `mse_grid` n > 0 also tries n scales from 0.4 to 1.1 times the signed-maximum one, each with both signs, and keeps
-    per scale the one of least squared error. Raises ValueError for a weight that holds NaN or infinity, is not a float matrix or stack of them,
-    is too large for float16 scales, or whose inputs the group size does not divide.
+    per scale the one of least squared error. Raises ValueError for a weight that holds NaN or infinity, is no float
+    matrix or stack of them, is too large for float16 scales, or whose inputs the group size does not divide.
 
     >>> q = round_to_nearest(torch.tensor([[-4.0, 1.0, 3.4, 0.2]]), QuantScheme.parse("int4-row"))
     >>> q.scales, q.codes()
@@ -37,7 +37,8 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, *, mse_grid: int = 0) 
     broken = int((~torch.isfinite(weight)).sum())
     if broken:
         raise ValueError(
-            f"weight holds {broken} NaN or infinite values of {weight.numel()}; repair the checkpoint, or keep this weight with a rule (pattern, None)"
+            f"weight holds {broken} NaN or infinite values of {weight.numel()}; "
+            "repair the checkpoint, or keep this weight as it is with a rule (pattern, None)"
         )
     if isinstance(scheme.granularity, PerGroup):
         unit = scheme.granularity.size
@@ -56,7 +57,7 @@ def _fit(w: Tensor, scheme: QuantScheme, mse_grid: int) -> tuple[np.ndarray, np.
     scale = _as_stored(largest / -scheme.zero_point)
     if not torch.isfinite(scale).all():
         top = float(largest.abs().max())
-        raise ValueError(f"a weight of magnitude {top:.4g} needs a scale above float16's 65504 at {scheme.bits} bits; rescale the weight or use more bits")
+        raise ValueError(f"a weight of magnitude {top:.4g} needs a scale above float16's 65504 at {scheme.bits} bits; rescale the weight")
     codes = _round(w, scale, scheme)
     if mse_grid > 0:
         best = _squared_error(w, codes, scale, scheme)

@@ -23,10 +23,9 @@ import zlib
 
 from IPython.display import Markdown, display
 
-import edgelab
 from edgelab import data, doctor, plots, words
 from edgelab.compress import audit
-from edgelab.evaluate import evaluate
+from edgelab.evaluate import evaluate, generate_answers
 from edgelab.model import family_of, load, load_tokenizer
 from edgelab.paths import data_dir
 
@@ -43,7 +42,7 @@ seed = 0
 
 # %%
 checks = doctor.examine()
-display(Markdown(doctor.table(checks)))
+display(Markdown(words.markdown(doctor.table(checks))))
 assert not [c for c in checks if c.status == "fail"], "something essential is missing: see the way out beside it"
 
 # %% [markdown]
@@ -61,7 +60,7 @@ assert not [c for c in checks if c.status == "fail"], "something essential is mi
 # second?
 
 # %%
-display(Markdown("| what | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in doctor.fingerprint().items())))
+display(Markdown(words.markdown([{"what": k, "value": v} for k, v in doctor.fingerprint().items()])))
 
 # %% [markdown]
 # **Explain.** Bits per weight is counted, and is the same everywhere. KL divergence hardly changes: float additions happen
@@ -143,7 +142,9 @@ report = evaluate({"fp": model}, tokenizer, test, max_docs=documents, seed=seed,
 for domain in data.DOMAINS:
     text = "".join(row["text"] for row in test if row["domain"] == domain).encode()
     row = report.get(metric="bits_per_byte", slice=domain)
-    print(f"{domain:10}  zlib {8 * len(zlib.compress(text, 9)) / len(text):.2f}   model {words.shown(row)}   bits per byte, {row.n} documents")
+    print(
+        f"{domain:10}  zlib {8 * len(zlib.compress(text, 9)) / len(text):.2f}   model {words.shown(row)}   bits per byte, {row.n} documents"
+    )
 
 # %% [markdown]
 # **Look.** The interval in brackets is a bootstrap over documents: with few documents it is wide, and a difference inside
@@ -153,8 +154,7 @@ for domain in data.DOMAINS:
 
 # %%
 command = next(row for row in test if row["domain"] == "assistant")
-ids = tokenizer(command["prompt"], return_tensors="pt")
-answer = model.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1] :]
+answer = generate_answers(model, tokenizer, [command["prompt"]])[0]
 print("asked    ", command["prompt"])
 print("expected ", command["answer"])
 print("answered ", tokenizer.decode(answer, skip_special_tokens=True))
@@ -166,7 +166,7 @@ print("answered ", tokenizer.decode(answer, skip_special_tokens=True))
 # embedded one, and any text file that of the corpus:
 #
 # ```python
-# model, tokenizer = edgelab.load("Qwen/Qwen3-0.6B"), load_tokenizer("Qwen/Qwen3-0.6B")   # needs a network, once
+# model, tokenizer = load("Qwen/Qwen3-0.6B"), load_tokenizer("Qwen/Qwen3-0.6B")   # needs a network, once
 # ```
 #
 # ```

@@ -24,7 +24,7 @@ import torch
 from IPython.display import HTML, Markdown, display
 from transformers import AutoModelForCausalLM
 
-import edgelab.hf  # teaches transformers to load our bundles
+import edgelab.hf  # noqa: F401 (teaches transformers to load our bundles)
 from edgelab import Quantize, QuantScheme, Recipe, data, plots, words
 from edgelab.bundle import coverage_of, save_bundle, verify_bundle
 from edgelab.compress import audit, compress
@@ -127,10 +127,11 @@ assert coverage.expert_share == 1.0
 
 # %%
 models = {"fp": model} | {name: c.model for name, c in compressed.items()}
-report = evaluate(models, tokenizer, test, max_docs=documents, seed=seed, bootstrap=1000, progress=False)
-columns = ["metric", "on", *report.models()]
-lines = words.table(report, ["weight_bytes", "bits_per_weight", "bits_per_byte", "kld", "kld_p99", "same_top", "exact_match", "flips", "router_overlap"])
-display(Markdown("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n" + "\n".join("| " + " | ".join(line.get(c, "") for c in columns) + " |" for line in lines)))
+sizes = {"fp": sum(f.stat().st_size for f in Path(model_dir).glob("*.safetensors"))}  # the bfloat16 file, not its float32 copy here
+sizes |= {name: c.coverage.predicted_bytes for name, c in compressed.items()}
+report = evaluate(models, tokenizer, test, max_docs=documents, seed=seed, bootstrap=1000, sizes=sizes, progress=False)
+wanted = ["weight_bytes", "bits_per_weight", "bits_per_byte", "kld", "kld_p99", "same_top", "exact_match", "flips", "router_overlap"]
+display(Markdown(words.markdown(words.table(report, wanted))))
 
 # %%
 sentence = words.say_by_domain(report, "kld")
@@ -173,6 +174,7 @@ bundle = save_bundle(int4.model, tokenizer, out / "int4", recipe=int4.recipe, co
 verify_bundle(bundle)
 print(coverage_of(bundle))
 assert abs(coverage_of(bundle).file_error) < 0.01
+assert coverage_of(bundle).file_bytes < 0.32 * sizes["fp"]
 for file in sorted(bundle.iterdir()):
     print(f"{file.stat().st_size:>10,}  {file.name}")
 
@@ -218,7 +220,9 @@ print(f"{exported.weights_quantized:,} weights in low bits, counted in the file;
 # inputs is refused: try 48.
 
 # %%
-control = BitsControl(measurer(model, tokenizer, test, max_docs={"prose": 4, "code": 0, "assistant": 12, "arithmetic": 0}, seed=seed), "int4-g32")
+control = BitsControl(
+    measurer(model, tokenizer, test, max_docs={"prose": 4, "code": 0, "assistant": 12, "arithmetic": 0}, seed=seed), "int4-g32"
+)
 control
 
 # %%
