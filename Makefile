@@ -30,7 +30,7 @@ test: $(VENV)/.test-lab-export ## all tests, and the notebooks top to bottom (AR
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/.test-lab-export ## the benchmarks of tests/bench, on this machine
-	@$(BIN)/python -m pytest tests/bench -o "python_files=test_*.py bench_*.py" --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	@$(BIN)/python -m pytest tests/bench -o "python_files=bench_*.py" -o "python_functions=bench_*" --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 notebooks: $(VENV)/.lab-export ## write notebooks/*.ipynb from notebooks/src and execute them
 	@$(BIN)/python notebooks/build.py $(ARGS)

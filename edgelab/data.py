@@ -443,8 +443,8 @@ def from_source(
 
     >>> import datasets
     >>> mine = datasets.Dataset.from_dict({"body": [f"letter number {i}" for i in range(50)]})
-    >>> from_source(mine, text="body", label="letters")["test"]["text"]
-    ['letter number 13', 'letter number 14', 'letter number 17', 'letter number 31', 'letter number 40']
+    >>> {split: len(part) for split, part in from_source(mine, text="body", label="letters").items()}
+    {'train': 42, 'calibration': 1, 'test': 7}
 
     Raises FileNotFoundError for a source that does not exist, ValueError for a missing column or no documents.
     """

@@ -21,7 +21,8 @@ writes exactly a_1 .. a_n if and only if the teacher-forced argmax is a_i at eve
 exact (on tokens: another spelling of the same characters in other tokens would not count).
 
 Intervals are paired bootstrap intervals over documents: documents are drawn with replacement, every model is figured
-on the same draws, and ratios of sums are resampled as ratios (Efron, Tibshirani 1993, chapter 13).
+on the same draws, and ratios of sums are resampled as ratios (Efron, Tibshirani 1993, chapter 13). Where all answers
+agree (0 % or 100 %) resampling would claim certainty; the open side is then Clopper and Pearson's 1934 exact bound.
 """
 
 import hashlib
@@ -431,6 +432,8 @@ def measure(
     n = len(docs)
     tokens = np.array([len(d.targets) for d in docs])
     offset = np.concatenate([[0], np.cumsum(tokens)])  # where each document's scored tokens start
+    first = np.array([d.first for d in docs])
+    scored = np.concatenate([d.targets for d in docs])
     answers = np.array([d.answer for d in docs])
     sums = {m: {k: np.zeros(n) for k in ("nll", "text_nll", "kld", "same_top", "overlap")} for m in order}
     token_kld = {m: np.zeros(offset[-1], np.float32) for m in order[1:]}
@@ -440,9 +443,9 @@ def measure(
     bar = tqdm(total=int(offset[-1]) * len(order), desc="evaluate", unit="tok", disable=not progress)
     with _inference(models.values()), bar:
         for batch in batches:
-            targets = torch.from_numpy(np.array([docs[d].ids[t] for d, t in zip(batch.doc, batch.target, strict=True)]))
-            last = batch.target == np.array([len(docs[d].ids) - 1 for d in batch.doc])  # the end token
-            place = offset[batch.doc] + batch.target - np.array([docs[d].first for d in batch.doc])
+            place = offset[batch.doc] + batch.target - first[batch.doc]
+            targets = torch.from_numpy(scored[place])
+            last = place == offset[batch.doc + 1] - 1  # the end token
 
             def add(name: str, field: str, values: np.ndarray, doc: np.ndarray = batch.doc) -> None:
                 sums[name][field] += np.bincount(doc, weights=values, minlength=n)
@@ -510,6 +513,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _share_interval(outcomes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """A 95 % interval of the share of true `outcomes`: bootstrap, or the exact binomial bound where all are equal."""
+    n = len(outcomes)
+    if outcomes.all():
+        return 0.025 ** (1 / n), 1.0
+    if not outcomes.any():
+        return 0.0, 1 - 0.025 ** (1 / n)
+    return interval(weights @ outcomes.astype(np.float64) / n)
+
+
 def _resampled_percentile(values: np.ndarray, lengths: np.ndarray, weights: np.ndarray, share: float = 0.99) -> np.ndarray:
     """The percentile `share` of token values under each resample of their documents: [resamples].
 
@@ -573,11 +586,14 @@ def summarise(measured: Measured, *, resamples: int = 2000, seed: int = 0) -> Re
                 low, high = interval(f(w @ top, w @ bottom))
                 rows.append(Row(name, metric, float(f(top.sum(), bottom.sum())), unit, low=low, high=high, note=note, **common))
 
-            one = np.ones(len(s.tokens))
+            def share(metric, outcomes, note, name=name, w=w, common=common) -> None:
+                low, high = _share_interval(outcomes, w)
+                rows.append(Row(name, metric, float(outcomes.mean()), "share", low=low, high=high, note=note, **common))
+
             row("perplexity", "", s.nll, s.tokens, perplexity, f"per token, end token counted; {about}")
             row("bits_per_byte", "bit/B", s.text_nll, s.n_bytes, bits_per_byte, f"end token not counted; {about}")
             if s.correct is not None:
-                row("exact_match", "share", s.correct.astype(float), one, note="greedy decoding, the whole answer and its end")
+                share("exact_match", s.correct, "greedy decoding, the whole answer and its end")
             if name == base:
                 continue
             row("kld", "nats/tok", s.kld, s.tokens, note=f"KL({base} || {name}), float32 logits; {about}")
@@ -588,7 +604,7 @@ def summarise(measured: Measured, *, resamples: int = 2000, seed: int = 0) -> Re
             if s.correct is not None:
                 down, up = flips(reference.correct, s.correct)
                 note = f"answers whose correctness differs from {base}: {down.mean():.4f} right to wrong, {up.mean():.4f} wrong to right"
-                row("flips", "share", (down | up).astype(float), one, note=note)
+                share("flips", down | up, note)
             if s.overlap is not None:
                 row("router_overlap", "share", s.overlap, s.tokens, note=f"chosen experts in common with {base}, mean over layers; {about}")
     report = Report(tuple(rows))
@@ -640,6 +656,8 @@ def speed(
     counted. The interval is the 2.5th to 97.5th percentile of the repetitions, not of the median.
     """
     _checked_models(models, None)
+    most = min(getattr(m.config, "max_position_embeddings", None) or sys.maxsize for m in models.values())
+    prefill, prompt = min(prefill, most), max(1, min(prompt, most - decode))
     rng = np.random.default_rng(seed)
     found: dict[tuple[str, str], list[float]] = {(m, k): [] for m in models for k in ("tokens_per_s", "prefill_tokens_per_s")}
     with _inference(models.values()):

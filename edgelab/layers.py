@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgelab.kernels.matmul import PARALLEL_FROM, qmatmul, qmatmul_experts
+from edgelab.kernels.matmul import qmatmul, qmatmul_experts, uses_threads
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
 
@@ -184,7 +184,7 @@ class QLinear(Quantized):
         if self._use_kernel(x, self.packed):
             rows = _rows(x)
             y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32)
-            _share_threads(rows.size * self.out_features)
+            _share_threads(self.out_features, self.in_features, len(rows))
             qmatmul(*self._arrays("weight"), s.scheme.bits, s.group_size, rows, y.numpy().reshape(-1, self.out_features))
         else:
             with _float32(x.device):
@@ -326,7 +326,7 @@ class QExperts(Quantized):
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
             y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32)
-            _share_threads(y.numel() * s.shape[2])
+            _share_threads(s.shape[1], s.shape[2], len(x), self.num_experts)
             qmatmul_experts(*self._arrays(name), s.scheme.bits, s.group_size, _rows(x), offsets, y.numpy())
             if bias is not None:
                 y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
@@ -378,7 +378,7 @@ def _float32(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _share_threads(multiply_adds: int) -> None:
+def _share_threads(out: int, n: int, tokens: int, experts: int = 1) -> None:
     """`torch.set_num_threads` holds for the kernels too, where they use threads at all."""
-    if multiply_adds >= PARALLEL_FROM:
+    if uses_threads(out, n, tokens, experts):
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))

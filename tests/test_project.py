@@ -47,7 +47,8 @@ FLOORS = [
     {"scheme", "qtensor", "recipe", "report", "device", "paths", "manifest"},
     {"kernels"},
     {"methods"},
-    {"data", "model", "layers", "compress", "evaluate", "metrics", "bundle", "hf", "pretrain", "export", "runtime", "governor", "sweep"},
+    {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "pretrain", "export"}
+    | {"runtime", "governor", "sweep"},
     {"plots", "svg", "words", "page", "widgets", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,10 +14,13 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from edgelab.kernels._jit import approx
+from edgelab.kernels._jit import ONE_AT_A_TIME, approx
 
 BLOCK = 16  # output rows that one task computes; even, so that the same rows are paired whatever the threads
-PARALLEL_FROM = 1 << 17  # multiply-adds
+UNPACK = 6  # to unpack a weight costs about as much as to multiply it with six tokens (0.2 against 0.03 ns)
+# A product below this many multiply-adds (unpacking counted so) runs on one thread: it takes about 0.1 ms on one
+# core of an AVX-512 Xeon, where handing work to a second thread and waiting for it took 0.015 ms with the machine busy.
+PARALLEL_FROM = 1 << 21
 
 U = np.uint64  # an index or mask: a plain 2 beside a uint64 would make a float64
 
@@ -186,14 +189,22 @@ def _experts_parallel(packed, scales, bits, group_size, x, offsets, y):
             _block(packed[e], scales[e], bits, group_size, x[lo:hi], y[lo:hi], b * BLOCK, min(out, (b + 1) * BLOCK))
 
 
+def uses_threads(out: int, n: int, tokens: int, experts: int = 1) -> bool:
+    """Whether a product of `tokens` with weights [out, n] (at most one expert per token) is worth several threads."""
+    return out * n * (tokens + UNPACK * min(tokens, experts)) >= PARALLEL_FROM
+
+
 def qmatmul(packed: np.ndarray, scales: np.ndarray, bits: int, group_size: int, x: np.ndarray, y: np.ndarray) -> None:
     """Fill `y` float32 [tokens, out] with x [tokens, in] times the transposed low-bit weight.
 
     `packed` uint8 [out, row_bytes] and `scales` int16 [out or 1, groups] (float16 bits) as in `QTensor`; `group_size` 0:
     one scale per row. All arrays C-contiguous; nothing is checked here.
     """
-    work = packed.shape[0] * x.shape[0] * x.shape[1]
-    (_qmatmul_parallel if work >= PARALLEL_FROM else _qmatmul_serial)(packed, scales, bits, group_size, x, y)
+    if uses_threads(packed.shape[0], x.shape[1], x.shape[0]):
+        with ONE_AT_A_TIME:
+            _qmatmul_parallel(packed, scales, bits, group_size, x, y)
+    else:
+        _qmatmul_serial(packed, scales, bits, group_size, x, y)
 
 
 def qmatmul_experts(
@@ -204,5 +215,8 @@ def qmatmul_experts(
     `packed` uint8 [experts, out, row_bytes], `scales` int16 [experts, out or 1, groups], `offsets` int64 [experts + 1]
     rising from 0 to tokens (tokens are sorted by expert). An expert without tokens is never unpacked.
     """
-    work = packed.shape[1] * x.shape[0] * x.shape[1]
-    (_experts_parallel if work >= PARALLEL_FROM else _experts_serial)(packed, scales, bits, group_size, x, offsets, y)
+    if uses_threads(packed.shape[1], x.shape[1], x.shape[0], packed.shape[0]):
+        with ONE_AT_A_TIME:
+            _experts_parallel(packed, scales, bits, group_size, x, offsets, y)
+    else:
+        _experts_serial(packed, scales, bits, group_size, x, offsets, y)

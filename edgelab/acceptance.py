@@ -1,0 +1,200 @@
+"""Accept an embedded model: `python -m edgelab.acceptance data/edge-moe` measures it, judges it and writes its card.
+
+A model is worth shipping when compression *bites* on it: a model trained for minutes barely notices 3-bit weights and
+teaches nothing. The criteria, all on the test split, weights rounded to nearest with one scale per output row (RTN,
+signed full range; the embedding and the head too, routers not):
+
+    skill        exact match: assistant at least 90 %, arithmetic at least 80 %
+    language     bits per byte of prose and code below 0.9 of a Kneser-Ney trigram's, trained on the same train split
+    staircase    KL divergence rises at every step 8 -> 4 -> 3 -> 2 bits, paired intervals apart; 8 bits flips under
+                 2 % of the answers, 3 bits costs 5 points of exact match, 2 bits leaves under a tenth of it
+    experts      routing tells the domain apart: Jensen-Shannon divergence at least 10 times what random deals of the
+                 same documents to domains show (mixtures of experts only)
+
+Writes `acceptance.json` (the report, the checks) and `README.md` (the model card) into the model's folder.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgelab import data, ngram
+from edgelab.compress import compress
+from edgelab.evaluate import evaluate, expert_counts, routers, specialisation
+from edgelab.model import dequantize, load, load_tokenizer
+from edgelab.recipe import Recipe
+from edgelab.report import Report, Row, machine
+
+STAIRCASE = (8, 4, 3, 2)
+DOCS = {"prose": 180, "code": 150, "assistant": 500, "arithmetic": 500}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One criterion: what was measured, what was asked, whether it holds."""
+
+    criterion: str
+    measured: str
+    bound: str
+    holds: bool
+
+
+def staircase(folder: Path, *, max_docs=DOCS, progress: bool = True) -> Report:
+    """fp, int8-row, int4-row, int3-row and int2-row of the model in `folder`, evaluated side by side.
+
+    The quantized models run as float models that hold the dequantized weights: the same numbers, at torch's speed.
+    """
+    original, tokenizer = load(folder), load_tokenizer(folder)
+    models = {"fp": original}
+    for bits in STAIRCASE:
+        model = compress(original, Recipe.uniform(f"int{bits}-row"), progress=False).model
+        dequantize(model)
+        models[f"int{bits}-row"] = model
+    test = data.corpus()["test"]
+    return evaluate(models, tokenizer, test, max_docs=max_docs, speed=False, sizes={m: 0 for m in models}, progress=progress)
+
+
+def judge(report: Report) -> list[Check]:
+    """The criteria of the module on a report with the staircase, the trigram's rows and, for a MoE, `domain_bits` rows."""
+    checks = []
+
+    def check(criterion: str, value: float, bound: str, holds: bool, digits: int = 3) -> None:
+        checks.append(Check(criterion, f"{value:.{digits}f}", bound, bool(holds)))
+
+    def figure(model: str, metric: str, on: str) -> Row:
+        return report.get(model=model, metric=metric, slice=on)
+
+    for domain, least in (("assistant", 0.90), ("arithmetic", 0.80)):
+        value = figure("fp", "exact_match", domain).value
+        check(f"skill: exact match, {domain}", value, f">= {least}", value >= least)
+    for domain in ("prose", "code"):
+        ours, theirs = figure("fp", "bits_per_byte", domain), figure("trigram", "bits_per_byte", domain)
+        ratio = ours.value / theirs.value
+        check(f"language: bits per byte over the trigram's, {domain}", ratio, "<= 0.9", ratio <= 0.9 and ours.high < theirs.low)
+        steps = [figure(f"int{b}-row", "kld", domain) for b in STAIRCASE]
+        for (a, low), (b, high) in zip(zip(STAIRCASE, steps, strict=True), list(zip(STAIRCASE, steps, strict=True))[1:], strict=False):
+            check(f"staircase: KLD {b} bits over {a} bits, {domain}", high.value / low.value, "> 1, intervals apart", high.low > low.high)
+    for domain in data.SCORED:
+        base = figure("fp", "exact_match", domain).value
+        flips = figure("int8-row", "flips", domain).value
+        check(f"staircase: flips at 8 bits, {domain}", flips, "<= 0.02", flips <= 0.02)
+        three, two = (figure(f"int{b}-row", "exact_match", domain).value for b in (3, 2))
+        check(f"staircase: exact match lost at 3 bits, {domain}", base - three, ">= 0.05", base - three >= 0.05)
+        check(f"staircase: exact match left at 2 bits, {domain}", two / base, "<= 0.1", two <= 0.1 * base)
+    for row in report.where(metric="domain_bits"):
+        chance = report.get(metric="domain_bits_by_chance").value
+        check("experts: bits that a routing choice tells about the domain", row.value, f">= 10 x {chance:.4f} (chance)", row.value >= 10 * chance)
+    return checks
+
+
+def accept(folder: Path, *, max_docs=DOCS, progress: bool = True) -> tuple[Report, list[Check]]:
+    """Measure and judge the model in `folder`; writes nothing."""
+    report = Report(tuple(r for r in staircase(folder, max_docs=max_docs, progress=progress) if r.metric not in ("weight_bytes", "bits_per_weight")))
+    corpus, model, tokenizer = data.corpus(), load(folder), load_tokenizer(folder)
+    prose_and_code = corpus["test"].filter(lambda d: [x in ("prose", "code") for x in d], input_columns="domain", batched=True)
+    report += ngram.baseline(corpus["train"], prose_and_code, tokenizer, max_docs=max_docs)
+    if routers(model):
+        counts, domains = expert_counts(model, tokenizer, corpus["test"], max_docs=max_docs, progress=progress)
+        found = specialisation(counts, domains)
+        about = {"unit": "bit", "n": found.documents, "seed": 0, "machine": machine(), "corpus": data.fingerprint(corpus["test"])}
+        note = "Jensen-Shannon divergence between the domains' expert loads, mean over layers; by layer " + ", ".join(
+            f"{b:.3f}" for b in found.by_layer
+        )
+        report += Report((
+            Row("fp", "domain_bits", found.bits, note=note, **about),
+            Row("fp", "domain_bits_by_chance", found.chance_high, note="97.5th percentile of 500 random deals of documents", **about),
+        ))  # fmt: skip
+    return report, judge(report)
+
+
+def card(folder: Path, report: Report, checks: list[Check]) -> str:
+    """The model card: architecture, data, training, figures, limits. Every number comes from the folder or the report."""
+    config = json.loads((folder / "config.json").read_text())
+    training = json.loads((folder / "training.json").read_text())
+    settings = training["settings"]
+    n_parameters = sum(p.numel() for p in load(folder).parameters())
+    moe = config["model_type"] == "deepseek_v3"
+    shape = (
+        f"{config['num_hidden_layers']} layers (the first dense), hidden {config['hidden_size']}, {config['n_routed_experts']} routed experts of"
+        f" {config['moe_intermediate_size']} of which {config['num_experts_per_tok']} are active, one shared expert, multi-head latent attention"
+        f" (kv_lora_rank {config['kv_lora_rank']}), sigmoid router with a selection bias kept balanced without an auxiliary loss"
+        if moe
+        else f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, feed-forward {config['intermediate_size']},"
+        f" {config['num_attention_heads']} heads over {config['num_key_value_heads']} key-value heads, embedding and head tied"
+    )
+    names = ["fp", *(f"int{b}-row" for b in STAIRCASE)]
+    lines = [f"| {metric} | {' | '.join(names)} |" for metric in ["on the test split"]] + ["|---" * (len(names) + 1) + "|"]
+    for metric, label, slices in (
+        ("bits_per_byte", "bits per byte", ("prose", "code")),
+        ("kld", "KL divergence to fp, nats per token", data.DOMAINS),
+        ("exact_match", "exact match", data.SCORED),
+    ):
+        for s in slices:
+            cells = [report.where(model=m, metric=metric, slice=s).rows for m in names]
+            lines.append(f"| {label}, {s} | " + " | ".join(c[0].text() if c else "0" for c in cells) + " |")
+    trigram = ", ".join(f"{r.slice} {r.text()}" for r in report.where(model="trigram"))
+    judged = "\n".join(f"- {'holds' if c.holds else 'FAILS'}: {c.criterion}: {c.measured} (asked: {c.bound})" for c in checks)
+    seen = settings["batch"] * settings["length"] * training["steps"]
+    some = report.get(model="fp", metric="bits_per_byte", slice="prose")
+    return f"""# {folder.name}
+
+A language model of {n_parameters:,} parameters for experiments with compression, trained from nothing by this project.
+It writes docstring prose, Python, JSON calls for spoken-style commands, and sums of two-digit numbers with their digits
+reversed. It knows nothing else and is no assistant.
+
+- Architecture: `{config["architectures"][0]}`: {shape}; vocabulary {config["vocab_size"]} (byte-level BPE, single digits).
+- Data: the corpus of `edgelab.data`: the documentation topics, docstrings and sources of CPython's standard library, read from the
+  interpreter that trained it, and generated commands and sums. Fingerprint {training["corpus"]}. None of that text is shipped.
+- Training: {training["steps"]:,} steps of {settings["batch"]} x {settings["length"]} tokens ({seen / 1e6:.1f} M), AdamW at {settings["peak_lr"]}, warm-up,
+  constant, linear decay over the last {settings["decay_share"]:.0%}; `python -m edgelab.pretrain {"moe" if moe else "dense"}`. The loss curve stands in
+  `curve.jsonl`, what went wrong on the way in the project's `LOG.md`.
+- Weights: bfloat16 safetensors. Licence: Apache-2.0.
+
+## Measured
+
+95 % paired bootstrap intervals over documents (prose {DOCS["prose"]}, code {DOCS["code"]}, assistant and arithmetic {DOCS["assistant"]} each, at most);
+corpus {some.corpus}; {some.machine}. Quantized: round to nearest, one scale per output row, everything but norms and routers.
+On assistant and arithmetic only the answers are scored.
+
+{chr(10).join(lines)}
+
+Bits per byte of a Kneser-Ney trigram on the same tokens and splits: {trigram}.
+
+## Accepted because
+
+{judged}
+
+Made by `python -m edgelab.acceptance {folder.as_posix()}`; the numbers with all their details are in `acceptance.json`.
+"""
+
+
+def write(folder: Path, report: Report, checks: list[Check]) -> None:
+    """Write `acceptance.json` and `README.md` into `folder`, each whole or not at all."""
+    found = json.dumps({"checks": [asdict(c) for c in checks], "report": json.loads(report.to_json())}, indent=1) + "\n"
+    for name, text in (("acceptance.json", found), ("README.md", card(folder, report, checks))):
+        tmp = folder / f"{name}.tmp"
+        tmp.write_text(text)
+        os.replace(tmp, folder / name)
+
+
+def main() -> int:
+    import argparse
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path)
+    p.add_argument("--quick", action="store_true", help="a tenth of the documents; writes nothing")
+    a = p.parse_args()
+    docs = {k: int(np.ceil(v / 10)) for k, v in DOCS.items()} if a.quick else DOCS
+    report, checks = accept(a.folder, max_docs=docs)
+    if not a.quick:
+        write(a.folder, report, checks)
+    for c in checks:
+        print(f"{'holds' if c.holds else 'FAILS'}  {c.criterion}: {c.measured} (asked: {c.bound})")
+    return 0 if all(c.holds for c in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""`QuantScheme`: text round trip, exact sizes, errors that name the way out."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelab.qtensor import QTensor
+from edgelab.scheme import BITS, PerChannel, PerGroup, PerTensor, QuantScheme
+
+granularities = st.one_of(st.just(PerTensor()), st.just(PerChannel()), st.integers(1, 32).map(lambda n: PerGroup(8 * n)))
+schemes = st.builds(QuantScheme, st.sampled_from(BITS), granularities)
+
+
+@given(schemes)
+def test_text_round_trip(scheme):
+    assert QuantScheme.parse(str(scheme)) == scheme
+
+
+@given(schemes, st.integers(1, 3), st.integers(1, 5), st.integers(1, 50), st.booleans())
+def test_nbytes_is_what_the_tensor_takes(scheme, experts, out, n, stack):
+    if isinstance(scheme.granularity, PerGroup):
+        n = scheme.granularity.size * (1 + n % 2)
+    shape = (experts, out, n) if stack else (out, n)
+    q = QTensor.from_codes(np.zeros(shape, np.uint8), np.zeros(scheme.scales_shape(shape), np.float16), scheme)
+    assert scheme.nbytes(shape) == q.packed.nbytes + q.scales.nbytes == q.nbytes
+    assert scheme.bits_per_weight(shape) == 8 * q.nbytes / np.prod(shape)
+
+
+@pytest.mark.parametrize(
+    "text, bits_per_weight",
+    [
+        ("int4-g32", 4.5),
+        ("int4-g128", 4.125),
+        ("int8-row", 8 + 16 / 256),
+        ("int3-g64", 3.25),
+        ("int2-g32", 2.5),
+        ("int4-tensor", 4 + 16 / 128 / 256),
+    ],
+)
+def test_bits_per_weight_by_hand(text, bits_per_weight):
+    assert QuantScheme.parse(text).bits_per_weight((128, 256)) == bits_per_weight
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: QuantScheme(5), "bits=5 is not one of (2, 3, 4, 8)"),
+        (lambda: QuantScheme.parse("int6-row"), "bits=6 is not one of"),
+        (lambda: QuantScheme.parse("nf4"), "scheme='nf4' is not of the form int<bits>-<tensor|row|g<size>>"),
+        (lambda: PerGroup(20), "group_size=20 must be a positive multiple of 8; use 32, 64 or 128"),
+        (lambda: PerGroup(0), "group_size=0 must be"),
+        (lambda: QuantScheme(4, "row"), "granularity='row' is not PerTensor(), PerChannel() or PerGroup(n)"),
+        (lambda: QuantScheme(4, codebook="nf4"), "codebook='nf4' is not known"),
+        (lambda: QuantScheme(4, PerGroup(48)).groups(128), "group_size=48 does not divide in_features=128; use 128 or 64 or 32"),
+        (lambda: QuantScheme(4, PerGroup(32)).groups(33), "group_size=32 does not divide in_features=33; use PerChannel()"),
+    ],
+)
+def test_errors_name_the_value_and_the_way_out(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
