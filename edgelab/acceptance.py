@@ -86,13 +86,19 @@ def judge(report: Report) -> list[Check]:
         check(f"staircase: exact match left at 2 bits, {domain}", two / base, "<= 0.1", two <= 0.1 * base)
     for row in report.where(metric="domain_bits"):
         chance = report.get(metric="domain_bits_by_chance").value
-        check("experts: bits that a routing choice tells about the domain", row.value, f">= 10 x {chance:.4f} (chance)", row.value >= 10 * chance)
+        check(
+            "experts: bits that a routing choice tells about the domain",
+            row.value,
+            f">= 10 x {chance:.4f} (chance)",
+            row.value >= 10 * chance,
+        )
     return checks
 
 
 def accept(folder: Path, *, max_docs=DOCS, progress: bool = True) -> tuple[Report, list[Check]]:
     """Measure and judge the model in `folder`; writes nothing."""
-    report = Report(tuple(r for r in staircase(folder, max_docs=max_docs, progress=progress) if r.metric not in ("weight_bytes", "bits_per_weight")))
+    steps = staircase(folder, max_docs=max_docs, progress=progress)
+    report = Report(tuple(r for r in steps if r.metric not in ("weight_bytes", "bits_per_weight")))  # a float model's, here
     corpus, model, tokenizer = data.corpus(), load(folder), load_tokenizer(folder)
     prose_and_code = corpus["test"].filter(lambda d: [x in ("prose", "code") for x in d], input_columns="domain", batched=True)
     report += ngram.baseline(corpus["train"], prose_and_code, tokenizer, max_docs=max_docs)
@@ -117,14 +123,18 @@ def card(folder: Path, report: Report, checks: list[Check]) -> str:
     settings = training["settings"]
     n_parameters = sum(p.numel() for p in load(folder).parameters())
     moe = config["model_type"] == "deepseek_v3"
-    shape = (
-        f"{config['num_hidden_layers']} layers (the first dense), hidden {config['hidden_size']}, {config['n_routed_experts']} routed experts of"
-        f" {config['moe_intermediate_size']} of which {config['num_experts_per_tok']} are active, one shared expert, multi-head latent attention"
-        f" (kv_lora_rank {config['kv_lora_rank']}), sigmoid router with a selection bias kept balanced without an auxiliary loss"
-        if moe
-        else f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, feed-forward {config['intermediate_size']},"
-        f" {config['num_attention_heads']} heads over {config['num_key_value_heads']} key-value heads, embedding and head tied"
-    )
+    if moe:
+        shape = (
+            f"{config['num_hidden_layers']} layers (the first dense), hidden {config['hidden_size']}, {config['n_routed_experts']} routed"
+            f" experts of {config['moe_intermediate_size']} of which {config['num_experts_per_tok']} are active, one shared expert,"
+            f" multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}), sigmoid router with a selection bias kept balanced"
+            " without an auxiliary loss"
+        )
+    else:
+        shape = (
+            f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, feed-forward {config['intermediate_size']},"
+            f" {config['num_attention_heads']} heads over {config['num_key_value_heads']} key-value heads, embedding and head tied"
+        )
     names = ["fp", *(f"int{b}-row" for b in STAIRCASE)]
     lines = [f"| {metric} | {' | '.join(names)} |" for metric in ["on the test split"]] + ["|---" * (len(names) + 1) + "|"]
     for metric, label, slices in (
@@ -138,6 +148,8 @@ def card(folder: Path, report: Report, checks: list[Check]) -> str:
     trigram = ", ".join(f"{r.slice} {r.text()}" for r in report.where(model="trigram"))
     judged = "\n".join(f"- {'holds' if c.holds else 'FAILS'}: {c.criterion}: {c.measured} (asked: {c.bound})" for c in checks)
     seen = settings["batch"] * settings["length"] * training["steps"]
+    kind, table = "moe" if moe else "dense", "\n".join(lines)
+    docs = ", ".join(f"{r.slice} {r.n}" for r in report.where(model="fp", metric="perplexity"))
     some = report.get(model="fp", metric="bits_per_byte", slice="prose")
     return f"""# {folder.name}
 
@@ -146,20 +158,22 @@ It writes docstring prose, Python, JSON calls for spoken-style commands, and sum
 reversed. It knows nothing else and is no assistant.
 
 - Architecture: `{config["architectures"][0]}`: {shape}; vocabulary {config["vocab_size"]} (byte-level BPE, single digits).
-- Data: the corpus of `edgelab.data`: the documentation topics, docstrings and sources of CPython's standard library, read from the
-  interpreter that trained it, and generated commands and sums. Fingerprint {training["corpus"]}. None of that text is shipped.
-- Training: {training["steps"]:,} steps of {settings["batch"]} x {settings["length"]} tokens ({seen / 1e6:.1f} M), AdamW at {settings["peak_lr"]}, warm-up,
-  constant, linear decay over the last {settings["decay_share"]:.0%}; `python -m edgelab.pretrain {"moe" if moe else "dense"}`. The loss curve stands in
-  `curve.jsonl`, what went wrong on the way in the project's `LOG.md`.
+- Data: the corpus of `edgelab.data`: the documentation topics, docstrings and sources of CPython's standard library, read
+  from the interpreter that trained it, and generated commands and sums. Fingerprint {training["corpus"]}. None of that text is
+  shipped.
+- Training: {training["steps"]:,} steps of {settings["batch"]} x {settings["length"]} tokens ({seen / 1e6:.1f} M), AdamW at
+  {settings["peak_lr"]}, warm-up, constant, linear decay over the last {settings["decay_share"]:.0%};
+  `python -m edgelab.pretrain {kind}`. The loss curve stands in `curve.jsonl`, what went wrong on the way in the project's `LOG.md`.
 - Weights: bfloat16 safetensors. Licence: Apache-2.0.
 
 ## Measured
 
-95 % paired bootstrap intervals over documents (prose {DOCS["prose"]}, code {DOCS["code"]}, assistant and arithmetic {DOCS["assistant"]} each, at most);
-corpus {some.corpus}; {some.machine}. Quantized: round to nearest, one scale per output row, everything but norms and routers.
-On assistant and arithmetic only the answers are scored.
+95 % paired bootstrap intervals over documents ({docs});
+corpus {some.corpus}; {some.machine}.
+Quantized: round to nearest, one scale per output row, everything but norms and routers. On assistant and arithmetic only
+the answers are scored.
 
-{chr(10).join(lines)}
+{table}
 
 Bits per byte of a Kneser-Ney trigram on the same tokens and splits: {trigram}.
 

@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Make a mixture-of-experts or dense language model small enough for a phone, and measure what it costs: compress, evaluate, export.",
+    help="Make a language model small enough for a phone, and measure what it costs: compress, evaluate, export.",
 )
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
@@ -278,7 +278,8 @@ def demo(
             difference = (again(ids).logits - int4.model(ids).logits).abs().max().item()
         saved = coverage_of(bundle)
         _say(
-            f"{saved.file_bytes:,} bytes on disk, {saved.predicted_bytes:,} predicted ({saved.file_error:+.2%}), {saved.file_bytes / sizes['fp']:.3f} of the "
+            f"{saved.file_bytes:,} bytes on disk, {saved.predicted_bytes:,} predicted ({saved.file_error:+.2%}), "
+            f"{saved.file_bytes / sizes['fp']:.3f} of the "
             f"original's; hashes match; the reloaded model's logits differ by at most {difference:.1e}"
         )
         if difference > 1e-4:

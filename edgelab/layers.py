@@ -226,7 +226,7 @@ class QEmbedding(Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         s = self._stored["weight"]
-        scales = self.scales if self.scales.shape[0] == 1 else F.embedding(ids, self.scales)
+        scales = self.scales[0] if self.scales.shape[0] == 1 else F.embedding(ids, self.scales)
         return dequantize(F.embedding(ids, self.packed), scales, s.scheme, self.embedding_dim).to(self.dtype)
 
 
@@ -373,7 +373,7 @@ def _rows(x: Tensor) -> np.ndarray:
 
 def _float32(device: torch.device) -> AbstractContextManager:
     """Arithmetic in float32 also under `torch.autocast`."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

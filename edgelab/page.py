@@ -17,7 +17,9 @@ from edgelab.report import Report
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #55606e; --line: #d5dae1; --paper: #fff; --raised: #f5f7f9; --link: #0072B2 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #a3aebb; --line: #3a4450; --paper: #14181d; --raised: #1d232a; --link: #56B4E9 } }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --soft: #a3aebb; --line: #3a4450; --paper: #14181d; --raised: #1d232a; --link: #56B4E9 }
+}
 body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink); line-height: 1.55;
        font-family: system-ui, -apple-system, "Segoe UI", sans-serif }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
@@ -30,7 +32,6 @@ td.num, th.num { text-align: right } thead th { border-bottom: 2px solid var(--l
 figure { margin: 1.2rem 0 2rem } .plot svg { max-width: 100%; height: auto } figcaption { font-size: .92rem; max-width: 46rem }
 pre { background: var(--raised); padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; border-radius: 4px }
 details summary { cursor: pointer; margin: .6rem 0 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem } dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 @media print { .plot .modebar { display: none } body { max-width: none } }
 """
 

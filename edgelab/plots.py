@@ -157,10 +157,10 @@ def say_layer_bytes(coverage) -> str:
         after[row.role] = after.get(row.role, 0) + row.predicted_bytes
         before[row.role] = before.get(row.role, 0) + 2 * row.parameters
     role = max(before, key=before.__getitem__)
-    total = sum(before.values())
+    total, left = sum(before.values()), sum(after.values())
     return (
         f"In bfloat16 the {role} weights take {before[role] / 1e6:.2f} MB, {100 * before[role] / total:.0f} % of the model; "
-        f"stored as here they take {after[role] / 1e6:.2f} MB, {100 * after[role] / sum(after.values()):.0f} % of {sum(after.values()) / 1e6:.2f} MB."
+        f"stored as here they take {after[role] / 1e6:.2f} MB, {100 * after[role] / left:.0f} % of {left / 1e6:.2f} MB."
     )
 
 

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +137,7 @@ class Streams:
         self.docs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         end = tokenizer.convert_tokens_to_ids(data.END)
         for domain in data.DOMAINS:
-            rows = train.filter(lambda d: [x == domain for x in d], input_columns="domain", batched=True)
+            rows = train.select(np.flatnonzero(np.array(train["domain"]) == domain))
             rest = [t[len(p) :] for t, p in zip(rows["text"], rows["prompt"], strict=True)]
             prompts = tokenizer(list(rows["prompt"]), add_special_tokens=False)["input_ids"]
             answers = tokenizer(rest, add_special_tokens=False)["input_ids"]
@@ -234,21 +234,31 @@ def _load_checkpoint(path: Path, model, optimizer) -> int:
     return step
 
 
-def pretrain(kind: str, out: Path, work: Path, *, tokens: int | None = None, compile: bool = True, save_every_s: float = 240):
+def pretrain(
+    kind: str,
+    out: Path,
+    work: Path,
+    *,
+    settings: Settings | None = None,
+    config=None,
+    corpus=None,
+    compile: bool = True,
+    save_every_s: float = 240,
+    stop_after: int | None = None,
+) -> Path | None:
     """Train `kind` ("moe" or "dense") and write the model folder `out`; checkpoints and the loss curve go to `work`.
 
-    Runs on CUDA where there is one. Resumes from `work/checkpoint.safetensors`; `tokens` overrides the settings' count.
-    Raises ValueError for an unknown kind.
+    Runs on CUDA where there is one. Resumes from `work/checkpoint.safetensors`. `settings`, `config` (vocabulary size ->
+    transformers config) and `corpus` take the place of the defaults. `stop_after` ends the run early, checkpointed, after
+    that many steps and returns None. Raises ValueError for an unknown kind.
     """
     from transformers import AutoModelForCausalLM
 
     if kind not in MODELS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(MODELS)}")
-    make_config, s = MODELS[kind]
-    if tokens:
-        s = Settings(**(asdict(s) | {"tokens": tokens}))
+    make_config, s = config or MODELS[kind][0], settings or MODELS[kind][1]
     work.mkdir(parents=True, exist_ok=True)
-    corpus = data.corpus()
+    corpus = data.corpus() if corpus is None else corpus
     train = corpus["train"]
     # one tokenizer for both models: a student must read its teacher's tokens
     tokenizer = train_tokenizer(train["text"], s.vocab)
@@ -265,9 +275,9 @@ def pretrain(kind: str, out: Path, work: Path, *, tokens: int | None = None, com
         [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=s.peak_lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    step = 0
+    first = 0
     if (work / "checkpoint.safetensors").exists():
-        step = _load_checkpoint(work / "checkpoint.safetensors", model, optimizer)
+        first = _load_checkpoint(work / "checkpoint.safetensors", model, optimizer)
     routers = watch_load(model)
 
     def loss_of(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -277,10 +287,10 @@ def pretrain(kind: str, out: Path, work: Path, *, tokens: int | None = None, com
         return (each * weights.flatten()).sum() / weights.sum()
 
     loss_fn = torch.compile(loss_of) if compile else loss_of
-    saved, began, first = time.monotonic(), time.monotonic(), step
-    curve = (work / "curve.jsonl").open("a")
+    saved = began = time.monotonic()
+    last = s.steps if stop_after is None else min(s.steps, first + stop_after)
     losses = []
-    for step in tqdm(range(step, s.steps), initial=step, total=s.steps, desc=f"pretrain {kind}", unit="step", mininterval=5):
+    for step in tqdm(range(first, last), initial=first, total=s.steps, desc=f"pretrain {kind}", unit="step", mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         tokens_, weights = (t.to(device) for t in streams.batch(step))
@@ -297,17 +307,20 @@ def pretrain(kind: str, out: Path, work: Path, *, tokens: int | None = None, com
             rate = (step + 1 - first) * s.batch * s.length / (time.monotonic() - began)
             row = {"step": step + 1, "tokens": (step + 1) * s.batch * s.length, "loss": round(float(np.mean(losses)), 4)}
             row |= {"max_load_over_mean": round(imbalance, 2), "tokens_per_s": round(rate)}
-            curve.write(json.dumps(row) + "\n")
-            curve.flush()
+            with (work / "curve.jsonl").open("a") as f:
+                f.write(json.dumps(row) + "\n")
             losses = []
-        if time.monotonic() - saved > save_every_s or step + 1 == s.steps:
+        if time.monotonic() - saved > save_every_s or step + 1 == last:
             _save_checkpoint(work, model, optimizer, step + 1)
             saved = time.monotonic()
-    export(model, tokenizer, out, {"settings": asdict(s), "corpus": data.fingerprint(corpus), "steps": step + 1})
+    if last < s.steps:
+        return None
+    export(model, tokenizer, out, {"settings": asdict(s), "corpus": data.fingerprint(corpus), "steps": s.steps}, work / "curve.jsonl")
+    return out
 
 
-def export(model, tokenizer, out: Path, facts: dict) -> None:
-    """Write `model` in bf16 with its tokenizer and `training.json` to the folder `out`, whole or not at all."""
+def export(model, tokenizer, out: Path, facts: dict, curve: Path | None = None) -> None:
+    """Write `model` in bf16, its tokenizer, `training.json` and the loss curve to the folder `out`, whole or not at all."""
     import copy
     import shutil
 
@@ -320,6 +333,9 @@ def export(model, tokenizer, out: Path, facts: dict) -> None:
     half.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     (tmp / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if curve is not None and curve.exists():  # a resumed run logs the steps after its checkpoint a second time: keep the last
+        rows = {json.loads(line)["step"]: line for line in curve.read_text().splitlines()}
+        (tmp / "curve.jsonl").write_text("".join(f"{rows[k]}\n" for k in sorted(rows)))
     shutil.rmtree(out, ignore_errors=True)
     tmp.rename(out)
 
@@ -337,11 +353,14 @@ def main() -> None:
     a = p.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
+    settings = MODELS[a.kind][1]
+    if a.tokens:
+        settings = replace(settings, tokens=a.tokens)
     pretrain(
         a.kind,
         a.out or Path(f"data/edge-{a.kind}"),
         a.work or Path(f".pretrain/{a.kind}"),
-        tokens=a.tokens,
+        settings=settings,
         compile=not a.no_compile,
     )
 

@@ -94,8 +94,9 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Raises ValueError for a step or a format that this version does not know."""
         d = json.loads(text)
-        if not isinstance(d, dict) or d.get("format") != 1:
-            raise ValueError(f"recipe format {d.get('format') if isinstance(d, dict) else None!r} is not 1: it was written by another edgelab")
+        version = d.get("format") if isinstance(d, dict) else None
+        if version != 1:
+            raise ValueError(f"recipe format {version!r} is not 1: it was written by another edgelab")
         for s in d["steps"]:
             if s.get("step") not in _STEPS:
                 raise ValueError(f"step {s.get('step')!r} is not one of {', '.join(_STEPS)}")

@@ -116,7 +116,8 @@ def to_svg(fig, *, describe: str = "") -> str:
     y_axis = _Axis(ys, (_HEIGHT - _BOTTOM, _TOP), log=y_log, zero=y_zero, fixed=layout.yaxis.range)
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" font-family="system-ui, sans-serif">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
+        'font-family="system-ui, sans-serif">'
     ]
     title = layout.title.text or ""
     out.append(f"<title>{escape(title)}</title>" + (f"<desc>{escape(describe)}</desc>" if describe else ""))
@@ -165,7 +166,8 @@ def to_svg(fig, *, describe: str = "") -> str:
                 top = y_axis.at(start + y) if stacked else y_axis.at(y)
                 said = escape(f"{t.name or 'value'} {xv}: {yv:.4g}")
                 drawn.append(
-                    f'<rect x="{left:.1f}" y="{min(top, bottom):.1f}" width="{right - left:.1f}" height="{abs(bottom - top):.1f}" fill="{colour}">'
+                    f'<rect x="{left:.1f}" y="{min(top, bottom):.1f}" width="{right - left:.1f}" '
+                    f'height="{abs(bottom - top):.1f}" fill="{colour}">'
                     f"<title>{said}</title></rect>"
                 )
                 px = (left + right) / 2

@@ -168,6 +168,7 @@ def measurer(model, tokenizer, data, *, max_docs, seed: int = 0, baseline: str =
     def measure(scheme: QuantScheme) -> Report:
         compressed = compress(model, Recipe.uniform(scheme), progress=False)
         models = {baseline: model, str(scheme): compressed.model}
-        return evaluate(models, tokenizer, data, max_docs=max_docs, seed=seed, bootstrap=500, speed=False, progress=False)
+        settings = {"max_docs": max_docs, "seed": seed, "bootstrap": 500, "speed": False, "progress": False}
+        return evaluate(models, tokenizer, data, sizes={str(scheme): compressed.coverage.predicted_bytes}, **settings)
 
     return measure

@@ -191,7 +191,8 @@ def say_coverage(coverage) -> str:
     if coverage.expert_share is not None:
         text += f", and {100 * coverage.expert_share:.2f} % of the experts' parameters"
     kept = [r for r in coverage.rows if not r.touched and r.parameters]
-    text += f"; the whole model takes {coverage.predicted_bytes:,} bytes, {coverage.bits_per_weight:.3f} bits per weight with everything counted."
+    text += f"; the whole model takes {coverage.predicted_bytes:,} bytes, "
+    text += f"{coverage.bits_per_weight:.3f} bits per weight with everything counted."
     if kept:
         largest = max(kept, key=lambda r: r.parameters)
         text += f" {len(kept)} parameters are kept as they were, the largest of them {largest.name} ({largest.parameters:,} numbers)."

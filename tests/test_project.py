@@ -47,7 +47,7 @@ FLOORS = [
     {"scheme", "qtensor", "recipe", "report", "device", "paths", "manifest"},
     {"kernels"},
     {"methods"},
-    {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "pretrain", "export"}
+    {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "pretrain", "acceptance", "export"}
     | {"runtime", "governor", "sweep"},
     {"plots", "svg", "words", "page", "widgets", "doctor", "explorer", "cli"},
 ]
