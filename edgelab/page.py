@@ -24,7 +24,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background:
        font-family: system-ui, -apple-system, "Segoe UI", sans-serif }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
 p { max-width: 46rem } .soft, figcaption { color: var(--soft) } a { color: var(--link) }
-.scroll { overflow-x: auto } .scroll:focus-visible { outline: 2px solid var(--link) }
+.scroll { overflow-x: auto; margin: .6rem 0 1.4rem } .scroll:focus-visible { outline: 2px solid var(--link) }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; min-width: 60% }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
@@ -54,12 +54,13 @@ _SCRIPT = """
 
 @dataclass(frozen=True)
 class Table:
-    """A table as data: `caption`, column names, rows of text. `numeric`: the columns that align right."""
+    """A table as data: `caption`, column names, rows of text. `numeric`: the columns that align right; `folded`: shown on demand."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: tuple[str, ...] = ()
+    folded: bool = False
 
     def html(self) -> str:
         def cell(tag: str, column: str, text: str, extra: str = "") -> str:
@@ -76,7 +77,12 @@ class Table:
         )
         label = escape(self.caption, quote=True)
         table = f"<table><caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
+        whole = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
+        return _folded(f"{self.caption} ({len(self.rows)} rows)", whole) if self.folded else whole
+
+
+def _folded(summary: str, html: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it: text, `Table`s, `Plot`s, or ("code", text) pairs."""
+    """A heading and what stands below it: text, `Table`s, `Plot`s, or (summary, code) pairs."""
 
     title: str
     parts: tuple[object, ...]
@@ -112,33 +118,27 @@ def report_table(
     return Table(caption, ("metric", "on", *models), rows, tuple(models))
 
 
-def coverage_table(coverage, caption: str = "Coverage audit: what each weight became, and the bytes it takes") -> Table:
+def coverage_table(coverage, caption: str = "Coverage audit by role: how much is in low bits, and the bytes it takes") -> Table:
+    lines = coverage.table()
+    columns = tuple(lines[0])
+    return Table(caption, columns, tuple(tuple(line.values()) for line in lines), columns[1:])
+
+
+def tensors_table(coverage, caption: str = "Every stored tensor, what it became, and its bytes") -> Table:
     rows = tuple(
         (
             r.name,
             r.role,
             " x ".join(map(str, r.shape)),
             f"{r.parameters:,}",
-            str(r.scheme),
+            r.scheme,
             "yes" if r.touched else "no",
             f"{r.predicted_bytes:,}",
         )
         for r in coverage.rows
     )
-    total = (
-        "all",
-        "",
-        "",
-        f"{sum(r.parameters for r in coverage.rows):,}",
-        f"{coverage.bits_per_weight:.3f} bits per weight",
-        f"{100 * coverage.share:.2f} %",
-    )
-    return Table(
-        caption,
-        ("weight", "role", "shape", "parameters", "stored as", "in low bits", "bytes"),
-        (*rows, (*total, f"{coverage.predicted_bytes:,}")),
-        ("parameters", "bytes"),
-    )
+    columns = ("tensor", "role", "shape", "parameters", "stored as", "in low bits", "bytes")
+    return Table(caption, columns, rows, ("parameters", "bytes"), folded=True)
 
 
 def facts_table(caption: str, facts: dict[str, object]) -> Table:
@@ -174,16 +174,19 @@ def standard_sections(
     if figures:
         sections.append(Section("The same in pictures", tuple(figures)))
     if coverage is not None:
-        sections.append(Section("Coverage audit", (words.say_coverage(coverage), coverage_table(coverage))))
-    for name, recipe in (recipes or {}).items():
-        sections.append(Section(f"Recipe {name} ({recipe.digest})", (("code", recipe.to_json()),)))
+        sections.append(Section("Coverage audit", (words.say_coverage(coverage), coverage_table(coverage), tensors_table(coverage))))
+    if recipes:
+        codes = tuple((f"{name}: recipe {recipe.digest}, as JSON", recipe.to_json()) for name, recipe in recipes.items())
+        sections.append(Section("Recipes", codes))
     notes: dict[tuple[str, str], list[str]] = {}
     for r in report:
         if r.note:
             notes.setdefault((words.metric(r.metric).title, r.note), []).append(r.model)
     if notes:
         rows = tuple((title, ", ".join(dict.fromkeys(of)), note) for (title, note), of in notes.items())
-        sections.append(Section("Notes to the measurements", (Table("How each was measured", ("metric", "model", "note"), rows),)))
+        sections.append(
+            Section("Notes to the measurements", (Table("How each was measured", ("metric", "model", "note"), rows, folded=True),))
+        )
     if facts:
         sections.append(Section("Where this was measured", (facts_table("Machine, text and versions", facts),)))
     return sections
@@ -201,13 +204,9 @@ def render(title: str, lead: str, sections: Iterable[Section]) -> str:
                 number += 1
                 body.append(part.html(f"plot-{number}"))
             elif isinstance(part, Table):
-                body.append(
-                    part.html()
-                    if len(part.rows) <= 24
-                    else f"<details><summary>{escape(part.caption)} ({len(part.rows)} rows)</summary>{part.html()}</details>"
-                )
+                body.append(part.html())
             elif isinstance(part, tuple):
-                body.append(f"<pre>{escape(part[1])}</pre>")
+                body.append(_folded(part[0], f"<pre>{escape(part[1])}</pre>"))
             else:
                 body.append(f"<p>{escape(str(part))}</p>")
         body.append("</section>")

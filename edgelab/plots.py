@@ -114,6 +114,10 @@ def by_domain(report: Report, metric: str, *, log: bool | None = None) -> go.Fig
             marker={"color": OKABE_ITO[i % len(OKABE_ITO)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10},
             **_bars(mine, _scale(metric)),
         )
+    if not log:  # plotly's own range for grouped markers starts at zero and hides the intervals
+        ends = [v * _scale(metric) for r in rows if r.model in drawn for v in (r.value, r.low, r.high) if v is not None]
+        pad = 0.08 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
+        fig.update_yaxes(range=[min(ends) - pad, max(ends) + pad])
     return fig
 
 

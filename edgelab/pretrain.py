@@ -86,8 +86,8 @@ def dense_config(vocab: int):
 
 
 MODELS = {
-    "moe": (moe_config, Settings(tokens=30_000_000, peak_lr=2e-3)),
-    "dense": (dense_config, Settings(tokens=16_000_000, peak_lr=2e-3)),
+    "moe": (moe_config, Settings(tokens=25_000_000, peak_lr=2e-3)),
+    "dense": (dense_config, Settings(tokens=12_000_000, peak_lr=2e-3)),
 }
 
 

@@ -22,27 +22,34 @@ from edgelab.model import load
 from edgelab.recipe import Recipe
 from edgelab.scheme import QuantScheme
 
-SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256}
 SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def deepseek():
+def deepseek(layers=1):  # the last is the MoE layer; tracing takes seconds a layer
     return DeepseekV3Config(
-        **SMALL, intermediate_size=96, num_key_value_heads=2, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2,
-        n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8,
+        **SMALL, num_hidden_layers=layers, intermediate_size=96, num_key_value_heads=2, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2,
+        n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=layers - 1, kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8,
         qk_nope_head_dim=8, v_head_dim=16,
     )  # fmt: skip
 
 
 def qwen3(**changes):
-    settings = SMALL | {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
+    settings = SMALL | {
+        "num_hidden_layers": 1,
+        "intermediate_size": 96,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    }
     return Qwen3Config(**settings | changes)
 
 
 def qwen3_moe():
     return Qwen3MoeConfig(
-        **SMALL, intermediate_size=96, num_key_value_heads=1, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
-    )
+        **SMALL, num_hidden_layers=1, intermediate_size=96, num_key_value_heads=1, head_dim=16, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
 
 
 def tiny(config, scheme: str | None):
@@ -74,7 +81,7 @@ def change(source, target, name: str, edit):
 
 @pytest.fixture(scope="module")
 def moe():
-    return tiny(deepseek(), "int4-g32")
+    return tiny(deepseek(layers=2), "int4-g32")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,15 @@ def test_any_length_and_batch(moe, exported):
         (qwen3, "int2-tensor"),
         (qwen3_moe, "int4-g16"),
     ],
-    ids=["deepseek-int3-g32", "deepseek-int8-row", "qwen3-int4-g32", "ragged-int8-row", "ragged-int3-row", "qwen3-int2-tensor", "qwen3_moe"],
+    ids=[
+        "deepseek-int3-g32",
+        "deepseek-int8-row",
+        "qwen3-int4-g32",
+        "ragged-int8-row",
+        "ragged-int3-row",
+        "qwen3-int2-tensor",
+        "qwen3_moe",
+    ],
 )
 def test_schemes_and_families(config, scheme, tmp_path):
     result = export(tiny(config(), scheme), tmp_path)
@@ -245,7 +260,9 @@ def test_errors_name_the_way_out(moe, tmp_path, monkeypatch):
 
 
 def test_embedded_model(tmp_path):
-    result = export(compress(load(paths.data_dir() / "edge-moe"), Recipe.uniform("int4-g32"), progress=False).model, tmp_path / "edge-moe.onnx")
+    result = export(
+        compress(load(paths.data_dir() / "edge-moe"), Recipe.uniform("int4-g32"), progress=False).model, tmp_path / "edge-moe.onnx"
+    )
     assert result.parity["cosine"] >= 0.9999 and result.expert_share == 1.0
     assert result.bytes < 1.06 * result.predicted_bytes  # the graph of 192 expert products and what is around them
     assert result.bits_per_weight < 5

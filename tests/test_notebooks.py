@@ -1,5 +1,6 @@
 """The notebooks are what their sources say and run top to bottom; and the tool that makes them sees what goes wrong."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -113,3 +114,23 @@ def test_names_choose_by_their_beginning(course):
     assert len(build.chosen([], folder)) == 3
     with pytest.raises(ValueError, match="no notebook begins with '07'"):
         build.chosen(["07"], folder)
+
+
+# ------------------------------------------------------------------------------------------------- the course's form
+
+
+@pytest.mark.parametrize("source", sorted((NOTEBOOKS / "src").glob("*.py")), ids=lambda p: p.stem)
+def test_every_lesson_has_its_parts_and_defines_no_algorithm(source):
+    cells = build.generate(source).cells
+    prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    code = [c for c in cells if c.cell_type == "code"]
+    assert prose.startswith("# ") and prose.count("**Claim:") == 1
+    goals = prose.split("you can", 1)[1].split("\n\n", 2)[1]
+    assert 4 <= sum(line[:1].isdigit() for line in goals.splitlines()) <= 7, "four to seven goals, numbered"
+    assert "*Before you start*" in prose and "*Takes*" in prose and "memory" in prose
+    assert [c.metadata.get("tags") for c in code].count(["parameters"]) == 1
+    assert prose.count("**Predict.**") >= 3 and prose.count("**Explain.**") >= 3
+    assert "must fail" in prose, "a control that must fail"
+    assert cells[-1].cell_type == "markdown" and cells[-1].source.startswith("## What would change on your model")
+    for cell in code:
+        assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.While) for n in ast.walk(ast.parse(cell.source))), cell.source

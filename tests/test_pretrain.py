@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from edgelab import data, pretrain
 
 
+COLUMNS = ("domain", "id", "text", "prompt", "answer")
+
+
 @pytest.fixture(scope="module")
 def corpus():
     rows = [r for r in data._records(("assistant", "arithmetic"), 400) if r["split"] == "train"][:600]
-    rows += [{"domain": d, "id": str(i), "text": f"{d} text number {i} says: " + "words and more words. " * 20, "prompt": "", "answer": ""}
-             for d in ("prose", "code") for i in range(30)]  # fmt: skip
-    return datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list([{k: r[k] for k in ("domain", "id", "text", "prompt", "answer")} for r in rows])}
-    )
+    for domain in ("prose", "code"):
+        for i in range(30):
+            text = f"{domain} text number {i} says: " + "words and more words. " * 20
+            rows.append({"domain": domain, "id": str(i), "text": text, "prompt": "", "answer": ""})
+    return datasets.DatasetDict({"train": datasets.Dataset.from_list([{k: r[k] for k in COLUMNS} for r in rows])})
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +32,12 @@ def tokenizer(corpus):
 SMALL = pretrain.Settings(tokens=6 * 2 * 64, peak_lr=1e-3, batch=2, length=64, warmup_steps=2, vocab=400)
 
 
+SMALL_MOE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "n_routed_experts": 4, "moe_intermediate_size": 16}
+
+
 def small_moe(vocab):
     config = pretrain.moe_config(vocab)
-    for k, v in {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 32,
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 16,
-        "kv_lora_rank": 16,
-    }.items():
+    for k, v in {**SMALL_MOE, "kv_lora_rank": 16}.items():
         setattr(config, k, v)
     return config
 

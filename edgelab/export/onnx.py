@@ -590,7 +590,7 @@ def verify(
         )
     # what the graph itself takes: some 150 bytes a node and its names
     allowed = expected.predicted_bytes // 100 + 400 * (len(graph.node) + len(graph.initializer)) + 2**16
-    if not expected.predicted_bytes <= expected.bytes <= expected.predicted_bytes + allowed:
+    if expected.bytes > expected.predicted_bytes + allowed:  # fewer is well: the tracer merges floats that are equal
         raise ExportError(
             f"{result.files[0].name} has {expected.bytes:,} bytes; the weights take {expected.predicted_bytes:,} "
             f"and the graph at most {allowed:,}: a weight went out in another form"

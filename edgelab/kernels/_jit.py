@@ -6,8 +6,8 @@ multiply and add (`contract`), ignore the sign of zero (`nsz`), divide by multip
 approximate functions (`afn`).
 
 Threads come from numba's own `workqueue` layer, unless the environment chooses another (`NUMBA_THREADING_LAYER`): its
-idle threads sleep. With OpenMP they spin, and on a machine with other work to do a kernel of 0.1 ms took 32 ms (median of
-400 calls, two threads on two busy cores; `workqueue` 0.13 ms). `workqueue` aborts the process when two Python threads are
+idle threads sleep. With OpenMP they spin, and on a machine with other work to do a kernel of 0.13 ms took 22 ms (median of
+300 calls, two threads on two busy cores; `workqueue` 0.16 ms). `workqueue` aborts the process when two Python threads are
 in it at once, and numba releases the GIL around a parallel loop: hold `ONE_AT_A_TIME` to call a parallel kernel.
 
 Two rules for whoever writes a kernel:

@@ -11,7 +11,7 @@ Scales come as the int16 bits of float16, which numba cannot hold in an array.
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 
 from edgelab.kernels._jit import ONE_AT_A_TIME, approx
@@ -19,7 +19,7 @@ from edgelab.kernels._jit import ONE_AT_A_TIME, approx
 BLOCK = 16  # output rows that one task computes; even, so that the same rows are paired whatever the threads
 UNPACK = 6  # to unpack a weight costs about as much as to multiply it with six tokens (0.2 against 0.03 ns)
 # A product below this many multiply-adds (unpacking counted so) runs on one thread: it takes about 0.1 ms on one
-# core of an AVX-512 Xeon, where handing work to a second thread and waiting for it took 0.015 ms with the machine busy.
+# core of an AVX-512 Xeon, where handing work to a second thread and waiting for it took 0.02 ms with the machine busy.
 PARALLEL_FROM = 1 << 21
 
 U = np.uint64  # an index or mask: a plain 2 beside a uint64 would make a float64
@@ -200,7 +200,7 @@ def qmatmul(packed: np.ndarray, scales: np.ndarray, bits: int, group_size: int, 
     `packed` uint8 [out, row_bytes] and `scales` int16 [out or 1, groups] (float16 bits) as in `QTensor`; `group_size` 0:
     one scale per row. All arrays C-contiguous; nothing is checked here.
     """
-    if uses_threads(packed.shape[0], x.shape[1], x.shape[0]):
+    if uses_threads(packed.shape[0], x.shape[1], x.shape[0]) and get_num_threads() > 1:
         with ONE_AT_A_TIME:
             _qmatmul_parallel(packed, scales, bits, group_size, x, y)
     else:
@@ -215,7 +215,7 @@ def qmatmul_experts(
     `packed` uint8 [experts, out, row_bytes], `scales` int16 [experts, out or 1, groups], `offsets` int64 [experts + 1]
     rising from 0 to tokens (tokens are sorted by expert). An expert without tokens is never unpacked.
     """
-    if uses_threads(packed.shape[1], x.shape[1], x.shape[0], packed.shape[0]):
+    if uses_threads(packed.shape[1], x.shape[1], x.shape[0], packed.shape[0]) and get_num_threads() > 1:
         with ONE_AT_A_TIME:
             _experts_parallel(packed, scales, bits, group_size, x, offsets, y)
     else:
