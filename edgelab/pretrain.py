@@ -336,6 +336,8 @@ def export(model, tokenizer, out: Path, facts: dict, curve: Path | None = None) 
     if curve is not None and curve.exists():  # a resumed run logs the steps after its checkpoint a second time: keep the last
         rows = {json.loads(line)["step"]: line for line in curve.read_text().splitlines()}
         (tmp / "curve.jsonl").write_text("".join(f"{rows[k]}\n" for k in sorted(rows)))
+    for file in tmp.iterdir():  # safetensors writes for the owner alone; a wheel or an archive would carry that along
+        file.chmod(0o644)
     shutil.rmtree(out, ignore_errors=True)
     tmp.rename(out)
 

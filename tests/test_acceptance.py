@@ -72,7 +72,7 @@ def test_a_fresh_sample_agrees_with_the_record(name):
     now = evaluate({"fp": load(folder)}, load_tokenizer(folder), test, max_docs=docs, speed=False, progress=False)
 
     def both(metric, domain):
-        return (r.get(model="fp", metric=metric, slice=domain).value for r in (now, stored))
+        return tuple(r.get(model="fp", metric=metric, slice=domain).value for r in (now, stored))
 
     for domain in data.SCORED:
         measured, recorded = both("exact_match", domain)

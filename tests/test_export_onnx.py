@@ -28,9 +28,9 @@ SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 def deepseek(layers=1):  # the last is the MoE layer; tracing takes seconds a layer
     return DeepseekV3Config(
-        **SMALL, num_hidden_layers=layers, intermediate_size=96, num_key_value_heads=2, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2,
-        n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=layers - 1, kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=16,
+        **SMALL, num_hidden_layers=layers, first_k_dense_replace=layers - 1, intermediate_size=96, num_key_value_heads=2,
+        moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1,
+        kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def test_errors_name_the_way_out(moe, tmp_path, monkeypatch):
         export(moe, tmp_path, accuracy_level=3)
     with pytest.raises(ExportError, match="Linear has no language-model head"):
         export(torch.nn.Linear(2, 2), tmp_path)
-    with pytest.raises(ExportError, match="group_size=8 is no multiple of 16.* use 16, 32, 64 or 128"):
+    with pytest.raises(ExportError, match=r"group_size=8 is no multiple of 16.* use 16, 32, 64 or 128"):
         export(tiny(qwen3(), "int4-g8"), tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r'onnxruntime is not installed.*pip install "edgelab\[export\]"'):

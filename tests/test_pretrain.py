@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from edgelab import data, pretrain
 
-
 COLUMNS = ("domain", "id", "text", "prompt", "answer")
 
 
