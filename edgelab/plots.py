@@ -162,6 +162,8 @@ def say_layer_bytes(coverage) -> str:
         before[row.role] = before.get(row.role, 0) + 2 * row.parameters
     role = max(before, key=before.__getitem__)
     total, left = sum(before.values()), sum(after.values())
+    if not any(r.touched for r in coverage.rows):
+        return f"The {role} weights take {after[role] / 1e6:.2f} MB, {100 * after[role] / left:.0f} % of {left / 1e6:.2f} MB."
     return (
         f"In bfloat16 the {role} weights take {before[role] / 1e6:.2f} MB, {100 * before[role] / total:.0f} % of the model; "
         f"stored as here they take {after[role] / 1e6:.2f} MB, {100 * after[role] / left:.0f} % of {left / 1e6:.2f} MB."

@@ -49,9 +49,8 @@ assert not [c for c in checks if c.status == "fail"], "something essential is mi
 # **Look.** Every line says `ok`, `warn` or `fail`, what was found, and the way out. `edgelab doctor` prints the same in a
 # terminal.
 #
-# **Explain.** None of the first three. Decoding is bound by memory, not by arithmetic, and the model is small on purpose:
-# its weights fit in a phone's cache hierarchy as they do in yours. What it needs is a complete Python: the corpus is read
-# from its standard library.
+# **Explain.** None of the first three, and one core does, about half as fast. The model is small on purpose, so that you can
+# repeat every measurement. What the course does need is a complete Python: the corpus is read from its standard library.
 
 # %% [markdown]
 # ## 2. The machine's fingerprint
@@ -85,7 +84,7 @@ print(f"{type(model).__name__}, family {family_of(model).model_type}: {config.nu
 coverage
 
 # %%
-plots.show(plots.layer_bytes(coverage, title="Bytes per layer, in the float32 that it computes in"), plots.say_layer_bytes(coverage))
+plots.show(plots.layer_bytes(coverage, title="Bytes per layer, as stored in bfloat16"), plots.say_layer_bytes(coverage))
 display(Markdown(plots.say_layer_bytes(coverage)))
 
 # %%
@@ -148,7 +147,8 @@ for domain in data.DOMAINS:
 
 # %% [markdown]
 # **Look.** The interval in brackets is a bootstrap over documents: with few documents it is wide, and a difference inside
-# it is no difference. `zlib` even had an advantage: it saw the whole test split of a domain at once.
+# it is no difference. The comparison is not quite fair, in both directions: `zlib` saw the whole test split of a domain at
+# once, and the model is scored on the answer alone where there is one (a prompt that was drawn by dice cannot be known).
 #
 # And in words: the model turns a spoken command into a call that a program can execute.
 

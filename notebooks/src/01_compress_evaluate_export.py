@@ -155,6 +155,9 @@ for domain in data.DOMAINS:
     kld = {name: report.get(model=name, metric="kld", slice=domain).value for name in recipes}
     print(f"{domain:10}  int8 {kld['int8']:.4f}   int4 {kld['int4']:.4f}   int2 {kld['int2']:.4f} nats per token")
     assert kld["int8"] < kld["int4"] < kld["int2"], f"no staircase on {domain}"
+exact = {name: report.get(model=name, metric="exact_match", slice="assistant") for name in models}
+print("right commands:", ", ".join(f"{name} {words.shown(row)}" for name, row in exact.items()))
+assert exact["int2"].high < exact["int4"].low, "two bits should break the commands"
 assert report.get(model="int2", metric="kld", slice="prose").low > report.get(model="int4", metric="kld", slice="prose").high
 
 # %% [markdown]
