@@ -50,8 +50,8 @@ lint: $(VENV)/.test-lab-export ## ruff, check only
 format: $(VENV)/.test-lab-export ## ruff, mending what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-clean: ## remove caches and build output (not .venv, not a training in progress)
-	@rm -rf build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean: ## remove caches and build output (not .venv, and nothing in runs/: what lies there is yours)
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
 	@find edgelab tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------------- the environment

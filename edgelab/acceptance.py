@@ -6,11 +6,12 @@ signed full range; the embedding and the head too, routers not):
 
     skill        exact match: assistant at least 90 %, arithmetic at least 80 %
     language     bits per byte of prose and code below 0.9 of a Kneser-Ney trigram's, trained on the same train split
-    staircase    KL divergence rises at every step 8 -> 4 -> 3 -> 2 bits, paired intervals apart; 8 bits flips under
-                 2 % of the answers, 3 bits costs 5 points of exact match, 2 bits leaves under a tenth of the assistant's
-                 and under half of arithmetic's (ten digits to choose from, and 100 % to start with: it holds out longest)
-    experts      routing tells the domain apart: Jensen-Shannon divergence at least 10 times what random deals of the
-                 same documents to domains show (mixtures of experts only)
+    staircase    KL divergence is at most 0.01 nats per token at 8 bits and rises at every step 8 -> 4 -> 3 -> 2 bits,
+                 intervals apart; 8 bits flips under 2 % of the answers, 4 bits flips some of the assistant's, 3 bits costs
+                 5 points of exact match, 2 bits leaves under a tenth of the assistant's and under half of arithmetic's
+                 (this bar stood at a tenth for both until arithmetic, at 100 % in floating point, was measured: LOG.md)
+    experts      routing tells the domain apart: Jensen-Shannon divergence at least 5 times what random deals of the
+                 same sources to domains show (mixtures of experts only)
 
 The dense model is there for the dense code paths; what it does with arithmetic is measured and told, not asked.
 
@@ -84,12 +85,16 @@ def judge(report: Report) -> list[Check]:
         ratio = ours.value / theirs.value
         check(f"language: bits per byte over the trigram's, {domain}", ratio, "<= 0.9", ratio <= 0.9 and ours.high < theirs.low)
         steps = [figure(f"int{b}-row", "kld", domain) for b in STAIRCASE]
+        check(f"staircase: KLD at 8 bits, {domain}", steps[0].value, "<= 0.01 nats per token", steps[0].value <= 0.01)
         for (a, low), (b, high) in zip(zip(STAIRCASE, steps, strict=True), list(zip(STAIRCASE, steps, strict=True))[1:], strict=False):
             check(f"staircase: KLD {b} bits over {a} bits, {domain}", high.value / low.value, "> 1, intervals apart", high.low > low.high)
     for domain in data.SCORED:
         base = figure("fp", "exact_match", domain).value
         flips = figure("int8-row", "flips", domain).value
         check(f"staircase: flips at 8 bits, {domain}", flips, "<= 0.02", flips <= 0.02)
+        if domain == "assistant":  # sums, learnt to 100 %, do not notice 4 bits
+            flips = figure("int4-row", "flips", domain)
+            check(f"staircase: flips at 4 bits, {domain}", flips.value, "> 0, interval above it", flips.low > 0)
         three, two = (figure(f"int{b}-row", "exact_match", domain).value for b in (3, 2))
         check(f"staircase: exact match lost at 3 bits, {domain}", base - three, ">= 0.05", base - three >= 0.05)
         most = {"assistant": 0.1, "arithmetic": 0.5}[domain]
@@ -99,8 +104,8 @@ def judge(report: Report) -> list[Check]:
         check(
             "experts: bits that a routing choice tells about the domain",
             row.value,
-            f">= 10 x {chance:.4f} (chance)",
-            row.value >= 10 * chance,
+            f">= 5 x {chance:.4f} (chance)",
+            row.value >= 5 * chance,
         )
     return checks
 
@@ -126,9 +131,16 @@ def accept(folder: Path, *, max_docs=DOCS, progress: bool = True) -> tuple[Repor
         )
         report += Report((
             Row("fp", "domain_bits", found.bits, note=note, **about),
-            Row("fp", "domain_bits_by_chance", found.chance_high, note="97.5th percentile of 500 random deals of documents", **about),
+            Row("fp", "domain_bits_by_chance", found.chance_high, note="97.5th percentile of 500 random deals of sources", **about),
         ))  # fmt: skip
     return report, judge(report)
+
+
+def _mirrored_share() -> float:
+    """Share of the test split's additions a+b whose mirror b+a is in the training split."""
+    splits = {(a, b): data.split_of(f"arithmetic:{a}+{b}") for a in range(10, 100) for b in range(10, 100)}
+    mirrors = [splits[b, a] == "train" for (a, b), split in splits.items() if split == "test" and a != b]
+    return sum(mirrors) / len(mirrors)
 
 
 def card(folder: Path, report: Report, checks: list[Check]) -> str:
@@ -164,6 +176,7 @@ def card(folder: Path, report: Report, checks: list[Check]) -> str:
     judged = "\n".join(f"- {c}" for c in checks)
     seen = settings["batch"] * settings["length"] * training["steps"]
     history = f" History: {training['history']}." if "history" in training else ""
+    mirrored = _mirrored_share()
     kind, table = "moe" if moe else "dense", "\n".join(lines)
     docs = ", ".join(f"{r.slice} {r.n}" for r in report.where(model="fp", metric="perplexity"))
     some = report.get(model="fp", metric="bits_per_byte", slice="prose")
@@ -175,23 +188,27 @@ are reversed; the table says how well each went. It knows nothing else and is no
 
 - Architecture: `{config["architectures"][0]}`: {shape}; vocabulary {config["vocab_size"]} (byte-level BPE, single digits).
 - Data: the corpus of `edgelab.data`: the documentation topics, docstrings and sources of CPython's standard library, read
-  from the interpreter that trained it, and generated commands and sums. Fingerprint {training["corpus"]}. None of that text is
-  shipped.
+  from the interpreter that trained it, and generated commands and sums. Fingerprint of all splits:
+  {training["corpus"]}. None of that text is shipped.
 - Training: {training["steps"]:,} steps of {settings["batch"]} x {settings["length"]} tokens ({seen / 1e6:.1f} M), AdamW at
   {settings["peak_lr"]}, warm-up, constant, linear decay over the last {settings["decay_share"]:.0%};
-  `python -m edgelab.pretrain {kind}`.{history} The loss curve stands in `curve.jsonl`, what went wrong on the way in the project's `LOG.md`.
+  `python -m edgelab.pretrain {kind}`.{history}
+  The loss curve stands in `curve.jsonl`, what went wrong on the way in the project's `LOG.md`.
 - Weights: bfloat16 safetensors. Licence: Apache-2.0.
 
 ## Measured
 
-95 % paired bootstrap intervals over documents ({docs});
-corpus {some.corpus}; {some.machine}.
+95 % paired bootstrap intervals over sources ({docs});
+fingerprint of the test split: {some.corpus}; {some.machine}.
 Quantized: round to nearest, one scale per output row, everything but norms and routers. On assistant and arithmetic only
 the answers are scored.
 
 {table}
 
 Bits per byte of a Kneser-Ney trigram on the same tokens and splits: {trigram}.
+
+Sums that are new to the model are often old ones turned round: {mirrored:.0%} of the test split's additions have their mirror
+b+a in the training split. Two bits per row do not break arithmetic as they break the assistant.
 
 ## Accepted because
 

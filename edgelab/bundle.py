@@ -81,7 +81,7 @@ def save_bundle(
             "schemes": schemes,
             "coverage": coverage.with_file_bytes(weight_bytes).to_dict(),
             "report": None if report is None else json.loads(report.to_json()),
-            "files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(tmp.iterdir())},
+            "files": {name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for name, f in sorted(_files(tmp).items())},
         }
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         tmp.chmod(0o755)  # mkdtemp makes it private
@@ -110,9 +110,13 @@ def read_manifest(bundle: str | Path) -> dict:
         raise ValueError(f"{path} has format {version!r}, this edgelab reads {FORMAT}: it was written by another version")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{path} lists no files")
-    for name in files:
-        if name in ("", ".", "..") or PurePosixPath(name).name != name or "\\" in name or ":" in name:
-            raise ValueError(f"{path} lists {name!r}, which is outside the bundle: a bundle's files lie directly in it")
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or parts[0] == "/" or "/".join(parts) != name or "\\" in name or ":" in name:
+            raise ValueError(f"{path} lists {name!r}, which is outside the bundle or no plain relative path")
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise ValueError(f"{path}: the entry of {name!r} is {entry!r}; it must state bytes (a number) and sha256 (text): copy it again")
     return manifest
 
 
@@ -125,18 +129,18 @@ def verify_bundle(bundle: str | Path) -> dict:
     for name, entry in manifest["files"].items():
         found = _sha256(Path(bundle) / name)
         if found != entry["sha256"]:
-            stated = str(entry["sha256"])[:12]
+            stated = entry["sha256"][:12]
             raise ValueError(
                 f"{Path(bundle) / name} was changed: its sha256 is {found[:12]}..., the manifest says {stated}...; copy it again"
             )
-    strange = sorted(f.name for f in Path(bundle).iterdir() if f.name not in manifest["files"] and f.name != MANIFEST)
-    if strange:
-        raise ValueError(f"{Path(bundle) / strange[0]} is not in the manifest: it was added later; remove it")
     return manifest
 
 
 def load_bundle(bundle: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The quantized model of a bundle, in eval mode. File sizes are checked; hashes are `verify_bundle`'s."""
+    """The quantized model of a bundle, in eval mode. File names and sizes are checked; hashes are `verify_bundle`'s.
+
+    A file that the manifest does not list is refused: transformers would take a stray model.safetensors for the model.
+    """
     _check_sizes(Path(bundle))
     return load(Path(bundle), dtype=dtype)
 
@@ -152,12 +156,20 @@ def _check_sizes(bundle: Path) -> dict:
         path = bundle / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the manifest lists it with {entry['bytes']:,} bytes; copy the bundle again")
-        if path.is_symlink():
+        if any((bundle / p).is_symlink() for p in (name, *PurePosixPath(name).parents) if str(p) != "."):
             raise ValueError(f"{path} is a link: a bundle holds its files itself")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise ValueError(f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}; copy it again")
+    strange = sorted(set(_files(bundle)) - set(manifest["files"]) - {MANIFEST})
+    if strange:
+        raise ValueError(f"{bundle / strange[0]} is not in the manifest: it was added later; remove it")
     return manifest
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """{path relative to `folder`, with slashes: path} of everything in it that is no directory (a link is a file)."""
+    return {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir()}
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_chunk_bytes: int) -> int:

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ class CheckFailedError(Exception):
     """Something was measured and is not as it must be: exit code 1."""
 
 
+def _expected(error: Exception) -> bool:
+    """Bad input or a broken model or data set (numbers that overflow are ArithmeticErrors); anything else is our mistake."""
+    return isinstance(error, ValueError | OSError | ArithmeticError) or type(error).__module__.split(".")[0] == "datasets"
+
+
 def _guarded(command: Callable) -> Callable:
     """`command` with its expected errors turned into one sentence and an exit code."""
 
@@ -58,8 +64,8 @@ def _guarded(command: Callable) -> Callable:
             code, said = 2, f"Error: the package {error.name!r} is missing; `edgelab doctor` says what it is for and how to install it"
         except ExportError as error:
             code, said = 1, f"Failed: {error}"
-        except (ValueError, OSError) as error:
-            if os.environ.get("EDGELAB_DEBUG"):
+        except Exception as error:
+            if os.environ.get("EDGELAB_DEBUG") or not _expected(error):
                 raise
             code, said = 2, f"Error: {error}"
         err_console.print(said, markup=False, style="bold red", soft_wrap=True)
@@ -93,16 +99,46 @@ def _threads(n: int) -> int:
     return n
 
 
-def _free(out: Path, force: bool, *, ours: str) -> None:
-    """Make sure that `out` can be written to; `ours` is the file that marks a folder as one that we may replace."""
+def _may_write(out: Path, force: bool, *, ours: str, models: Iterable[str | Path] = ()) -> None:
+    """Make sure, without touching anything, that `out` may be written: what lies there stays until its successor is whole.
+
+    `ours` is the file that marks a folder as one that we may replace. Raises FileExistsError, and ValueError when `out`
+    is, holds or lies in one of `models`.
+    """
+    here = out.resolve()
+    for model in models:
+        if Path(model).exists():
+            there = Path(model).resolve()
+            if here == there or here in there.parents or there in here.parents:
+                how = "is" if here == there else "holds" if here in there.parents else "lies in"
+                raise ValueError(f"--out {out} {how} the model {model}, which would be overwritten or changed; choose another place")
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
     elif not force:
         raise FileExistsError(f"--out {out} exists already; choose another place, or give --force to overwrite it")
-    elif out.is_dir():
-        if any(out.iterdir()) and not (out / ours).is_file():
-            raise FileExistsError(f"--out {out} is a folder that edgelab did not write (it holds no {ours}); --force does not delete it")
-        shutil.rmtree(out)
+    elif out.is_dir() and any(out.iterdir()) and not (out / ours).is_file():
+        raise FileExistsError(f"--out {out} is a folder that edgelab did not write (it holds no {ours}); --force does not delete it")
+
+
+@contextmanager
+def _staged(out: Path):
+    """A new folder beside `out` that takes its place at the end; after an error `out` is as it was, and the new one gone."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        whole = staging / out.name
+        whole.mkdir()
+        yield whole
+        if out.exists():
+            out.rename(staging / "previous")
+            try:
+                whole.rename(out)
+            except BaseException:
+                (staging / "previous").rename(out)
+                raise
+        else:
+            whole.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _recipe(file: Path | None, scheme: str | None) -> Recipe:
@@ -118,39 +154,77 @@ def _recipe(file: Path | None, scheme: str | None) -> Recipe:
         raise ValueError(f"--recipe {file} is not a recipe: {error}; `Recipe.uniform('int4-g32').to_json()` shows the form") from error
 
 
-def _no_network_needed(name: str) -> None:
-    """A local folder never needs the hub: ask transformers not to try."""
-    if Path(name).is_dir():
+def _local_only(*names: str | Path) -> None:
+    """Where all of `names` are on this disk, the hub is never needed: tell transformers and datasets not to try."""
+    if all(Path(name).exists() for name in names):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _documents(file: Path | None):
-    """The embedded corpus' test split, or a local text, jsonl or parquet file as a dataset with the same columns."""
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece.*", "tekken.json", "*.tiktoken")
+
+
+def _tokenizer(name: str):
+    """The tokenizer of the model `name`, None (and a line that says so) where it has none.
+
+    From a folder without a tokenizer's files transformers makes an empty one for some architectures and fails for
+    others; neither is wanted. Raises what loading raises where the files are there but do not load.
+    """
+    from edgelab.model import load_tokenizer
+
+    why = "its folder holds no tokenizer file"
+    local = Path(name).is_dir()
+    if not local or any(f for pattern in _TOKENIZER_FILES for f in Path(name).glob(pattern)):
+        try:
+            tokenizer = load_tokenizer(name)
+            if len(tokenizer) > 1:
+                return tokenizer
+            why = f"the one that loads knows {len(tokenizer)} token"
+        except (ValueError, OSError) as error:
+            if local:
+                raise
+            why = str(error).splitlines()[0]  # a network that fails will fail again, and stop us, when the weights are asked for
+    elif not (Path(name) / "config.json").is_file():
+        return None  # no model either; loading it says what is wrong
+    err_console.print(f"Note: {name} comes without a tokenizer: {why}", markup=False, style="yellow", soft_wrap=True)
+    return None
+
+
+def _one_tokenizer(models: list[str]):
+    """The tokenizer that all of `models` share; one without its own is taken to use the others'. Raises ValueError."""
+    found = {name: tokenizer for name in models if (tokenizer := _tokenizer(name)) is not None}
+    if not found:
+        raise ValueError(f"{models[0]} has no tokenizer; put its files (tokenizer.json, tokenizer_config.json) beside config.json")
+    (first, tokenizer), *others = found.items()
+    vocabulary = tokenizer.get_vocab()
+    for name, other in others:
+        if (theirs := other.get_vocab()) != vocabulary:
+            differ = len(dict(vocabulary.items() ^ theirs.items()))
+            raise ValueError(
+                f"{name} and {first} have different tokenizers ({len(theirs):,} and {len(vocabulary):,} tokens, {differ:,} differ): "
+                "their figures per token cannot be compared; evaluate them one at a time and compare bits per byte"
+            )
+    return tokenizer
+
+
+def _documents(source: str | None):
+    """The embedded corpus' test split, or all documents of any source that `edgelab.data.from_source` reads."""
     import datasets
 
-    from edgelab.data import corpus
+    from edgelab.data import corpus, from_source
 
-    if file is None:
+    if source is None:
         return corpus()["test"]
-    if not file.is_file():
-        raise FileNotFoundError(f"--data {file} is no file; give a .txt, .jsonl or .parquet file")
-    if file.suffix == ".txt":  # documents are separated by empty lines
-        texts = [t.strip() + "\n" for t in file.read_text(encoding="utf-8").split("\n\n") if t.strip()]
-        data = datasets.Dataset.from_dict({"text": texts})
-    elif file.suffix in (".jsonl", ".json"):
-        data = datasets.Dataset.from_json(str(file), cache_dir=None, keep_in_memory=True)
-    elif file.suffix == ".parquet":
-        data = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    else:
-        raise ValueError(f"--data {file}: {file.suffix or 'no'} extension is not one of .txt, .jsonl, .parquet")
-    if "text" not in data.column_names:
-        raise ValueError(f"--data {file} has the columns {', '.join(data.column_names)}; a column `text` is needed")
-    if not len(data):
-        raise ValueError(f"--data {file} holds no document")
-    for column, value in (("domain", file.stem), ("prompt", ""), ("answer", "")):
-        if column not in data.column_names:
-            data = data.add_column(column, [value] * len(data))
-    return data
+    splits = from_source(source, label=Path(source).stem or "text")
+    return datasets.concatenate_datasets([part for part in splits.values() if len(part)])
+
+
+def _context(models: Iterable, asked: int | None) -> int:
+    """Tokens of a window: `asked`, or 512; never more than the positions that every one of `models` has."""
+    configs = [getattr(m.config, "get_text_config", lambda m=m: m.config)() for m in models]
+    most = min((n for c in configs if (n := getattr(c, "max_position_embeddings", None))), default=None)
+    if asked is not None and most is not None and asked > most:
+        raise ValueError(f"--context {asked} is more than the {most} positions that the models have")
+    return asked or min(512, most or 512)
 
 
 # ------------------------------------------------------------------------------------------------------- print
@@ -228,11 +302,19 @@ def demo(
     Writes OUT/int4 (a bundle that transformers loads), OUT/int4.onnx, OUT/report.html and OUT/report.json. A folder
     that an earlier demo wrote is overwritten.
     """
+    from edgelab.paths import data_dir
+
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    source = data_dir() / "edge-moe"
+    _may_write(out, force or (out / MARKER).is_file(), ours=MARKER, models=(source,))
+    with _staged(out) as folder:
+        _demo(source, folder, out, quick=quick, threads=threads, seed=seed)
+
+
+def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, seed: int) -> None:
+    """The steps of the demo: everything is written into `folder`, which becomes `out` afterwards."""
     steps = _Steps(6)
-    _free(out, force or (out / MARKER).is_file(), ours=MARKER)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text(json.dumps({"edgelab": __version__, "seed": seed, "quick": quick}))
+    (folder / MARKER).write_text(json.dumps({"edgelab": __version__, "seed": seed, "quick": quick}), encoding="utf-8")
 
     with steps("Load the embedded mixture-of-experts model and build its corpus from this Python installation"):
         import torch
@@ -244,10 +326,8 @@ def demo(
         from edgelab.evaluate import QUICK_DOCS, evaluate
         from edgelab.export.onnx import export
         from edgelab.model import load, load_tokenizer
-        from edgelab.paths import data_dir
 
         n_threads = _threads(threads)
-        source = data_dir() / "edge-moe"
         model, tokenizer = load(source), load_tokenizer(source)
         corpus = data.corpus()
         test = corpus["test"]
@@ -270,7 +350,7 @@ def demo(
 
     with steps("Save the int4 bundle, check its hashes, load it again"):
         int4 = compressed["int4"]
-        bundle = save_bundle(int4.model, tokenizer, out / "int4", recipe=int4.recipe, coverage=int4.coverage, report=report)
+        bundle = save_bundle(int4.model, tokenizer, folder / "int4", recipe=int4.recipe, coverage=int4.coverage, report=report)
         verify_bundle(bundle)
         again = load_bundle(bundle)
         ids = tokenizer(test[0]["text"], return_tensors="pt").input_ids[:, :64]
@@ -286,20 +366,21 @@ def demo(
             raise CheckFailedError(f"the reloaded bundle's logits differ by {difference:.3g} from the model that was saved")
 
     with steps("Export the same int4 codes to ONNX and run them in ONNX Runtime"):
-        exported = export(again, out / "int4.onnx")
+        exported = export(again, folder / "int4.onnx")
         told = {line["item"]: line["value"] for line in exported.table()}
         _say(f"{told['logits against torch']}; {told['verified by']}")
 
     with steps("Write the report"):
-        (out / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         facts = {
             **fingerprint(),
             "threads used": n_threads,
-            "corpus": next((r.corpus for r in report if r.corpus), data.fingerprint(test)),
+            "fingerprint of the test split": data.fingerprint(test),
+            "fingerprint of the corpus (all splits)": data.fingerprint(corpus),
             "seed": seed,
             "documents per domain": ", ".join(f"{k} {v}" for k, v in max_docs.items()),
         }
-        sections = page.standard_sections(report, coverage=saved, recipes=recipes, facts=facts)
+        sections = page.standard_sections(report, coverage=saved, recipes=recipes, facts=facts, beside=words.ORIGINAL_SIZE)
         sections.insert(
             -1, page.Section("The exported file", (page.facts_table("ONNX, run in ONNX Runtime against torch with the same codes", told),))
         )
@@ -307,13 +388,18 @@ def demo(
             f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point and in 8 and 4 bits. "
             f"Every number was measured on {machine()} by `edgelab demo`."
         )
-        path = page.write(out / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)
+        page.write(folder / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)
 
     out_console.print()
-    _print_report(report, "Measured here, with 95 % intervals (paired bootstrap over documents) in brackets")
+    _print_report(report, f"Measured here, with 95 % intervals in brackets: {words.INTERVALS}")
+    out_console.print(words.ORIGINAL_SIZE + "\n", markup=False, soft_wrap=True)
     _print_coverage(saved, "Coverage audit of int4")
     _print_table(exported.table(), "ONNX file, verified in ONNX Runtime")
-    out_console.print(f"bundle   {bundle}\nONNX     {out / 'int4.onnx'}\nreport   {path.resolve().as_uri()}", markup=False, soft_wrap=True)
+    out_console.print(
+        f"bundle   {out / 'int4'}\nONNX     {out / 'int4.onnx'}\nreport   {(out / 'report.html').resolve().as_uri()}",
+        markup=False,
+        soft_wrap=True,
+    )
     out_console.print(f"{steps.seconds:.1f} s in all on {n_threads} threads, peak memory {peak_rss_bytes() / 1e9:.2f} GB", markup=False)
 
 
@@ -331,18 +417,16 @@ def compress(
 ) -> None:
     """Store MODEL's weights in low bits and write a bundle that `AutoModelForCausalLM.from_pretrained` loads."""
     chosen = _recipe(recipe, scheme)
-    if out.exists() and not force:
-        _free(out, force, ours="edgelab.json")
-    _no_network_needed(model)
+    _may_write(out, force, ours="edgelab.json", models=(model,))
+    _local_only(model)
     from edgelab.bundle import save_bundle, verify_bundle
     from edgelab.compress import compress as run
-    from edgelab.model import load, load_tokenizer
+    from edgelab.model import load
 
     _threads(threads)
+    tokenizer = _tokenizer(model)  # first: what is missing shows before the work
     result = run(load(model), chosen, inplace=True)
-    tokenizer = load_tokenizer(model)
-    _free(out, force, ours="edgelab.json")
-    bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)
+    bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole
     verify_bundle(bundle)
     _print_coverage(result.coverage, f"Coverage audit, recipe {chosen.digest}")
     out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
@@ -354,10 +438,18 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or bundles; the first is the baseline unless --baseline says otherwise.")],
     baseline: Annotated[str | None, typer.Option("--baseline", help="The model that the others are compared with.")] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="A .txt, .jsonl or .parquet file (column text, optional domain, prompt, answer).")
+        str | None,
+        typer.Option(
+            "--data",
+            help="A .txt, .md, .jsonl or .parquet file, a folder of them, or a hub data set (column text; also domain, prompt, answer).",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the report to this .json file, and a page beside it.")] = None,
     max_docs: MaxDocs = 100,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens of a window; 512, or the models' positions if fewer.", min=2)
+    ] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Tokens from one window to the next; by default half.", min=1)] = None,
     threads: Threads = 0,
     seed: Seed = 0,
     force: Force = False,
@@ -369,25 +461,41 @@ def evaluate(
         if out.suffix != ".json":
             raise ValueError(f"--out {out} must end in .json; the page is written beside it as .html")
         for file in (out, out.with_suffix(".html")):
-            _free(file, force, ours="edgelab.json")
-    for name in models:
-        _no_network_needed(name)
+            _may_write(file, force, ours="edgelab.json", models=models)
+    _local_only(*models, *([] if data is None else [data]))
+    tokenizer = _one_tokenizer(models)
     documents = _documents(data)
     from edgelab import page
+    from edgelab.data import fingerprint as text_fingerprint
     from edgelab.doctor import fingerprint
     from edgelab.evaluate import evaluate as run
-    from edgelab.model import load, load_tokenizer
+    from edgelab.model import load
 
     n_threads = _threads(threads)
     names = _short_names(models)
     loaded = {short: load(name) for short, name in names.items()}
-    report = run(loaded, load_tokenizer(models[0]), documents, max_docs=max_docs or None, seed=seed)
-    _print_report(report, f"Measured here, against {next(iter(names))}, with 95 % intervals in brackets")
+    context = _context(loaded.values(), context)
+    report = run(loaded, tokenizer, documents, max_docs=max_docs or None, context=context, stride=stride, seed=seed)
+    _print_report(report, f"Measured here, against {next(iter(names))}, with 95 % intervals in brackets: {words.INTERVALS}")
     if out is not None:
-        out.write_text(report.to_json(), encoding="utf-8")
-        facts = {**fingerprint(), "threads used": n_threads, "seed": seed, "models": ", ".join(f"{k} = {v}" for k, v in names.items())}
+        _write_text(out, report.to_json())
+        facts = {
+            **fingerprint(),
+            "threads used": n_threads,
+            "seed": seed,
+            "models": ", ".join(f"{k} = {v}" for k, v in names.items()),
+            f"fingerprint of {'the test split' if data is None else 'all documents of ' + data}": text_fingerprint(documents),
+            "context, tokens": context,
+        }
         path = page.write(out.with_suffix(".html"), "edgelab evaluation", ", ".join(names), page.standard_sections(report, facts=facts))
         out_console.print(f"report   {out}\npage     {path.resolve().as_uri()}", markup=False, soft_wrap=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write `text` to a temporary name beside `path`, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _short_names(models: list[str]) -> dict[str, str]:
@@ -412,8 +520,8 @@ def export(
     """Write BUNDLE for another runtime, run it there, and compare its logits with torch's on the same codes."""
     if out.suffix != ".onnx":
         raise ValueError(f"--out {out} must end in .onnx for --target {target.value}")
-    _no_network_needed(bundle)
-    _free(out, force, ours="edgelab.json")
+    _may_write(out, force, ours="edgelab.json", models=(bundle,))
+    _local_only(bundle)
     from edgelab.export.onnx import export as run
     from edgelab.model import load
 
@@ -430,7 +538,7 @@ def info(
     weights: Annotated[bool, typer.Option("--weights", help="List every stored tensor, not only the sum per role.")] = False,
 ) -> None:
     """Say what MODEL is made of: family, weights by role, bits, bytes; for a bundle its recipe, and whether its files are whole."""
-    _no_network_needed(model)
+    _local_only(model)
     from edgelab.compress import audit
     from edgelab.model import FAMILIES, family_of, load
 

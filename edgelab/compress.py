@@ -6,6 +6,7 @@ replaced anyway, so the peak is the model, plus what the recipe keeps, plus the 
 """
 
 import copy
+import warnings
 from dataclasses import dataclass
 from math import prod
 
@@ -16,9 +17,11 @@ from tqdm.auto import tqdm
 from edgelab.layers import Quantized
 from edgelab.methods.coverage import Coverage, CoverageRow
 from edgelab.methods.rtn import round_to_nearest
-from edgelab.model import Weight, family_of, quantized, stored_tensors, swap, unknown_experts, weights
+from edgelab.model import Swapper, Weight, quantized, stored_tensors, unknown_experts, untouchable, weights
 from edgelab.recipe import Quantize, Recipe, matches
 from edgelab.scheme import QuantScheme
+
+_EXPECTED_SHARE = 0.9  # of the matrices' parameters, below which a rule for all ("*") is answered with a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,7 @@ def compress(model: nn.Module, recipe: Recipe, *, progress: bool = True, inplace
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise ValueError(f"this {type(model).__name__} is quantized already; compress the floating-point model it came from")
     steps = plan(model, recipe)
+    parameters = sum(p.numel() for p in model.parameters())
     result = model if inplace else _copy(model, {name for schemes in steps for name in schemes})
     for step, schemes in zip(recipe.steps, steps, strict=True):
         match step:
@@ -53,8 +57,14 @@ def compress(model: nn.Module, recipe: Recipe, *, progress: bool = True, inplace
 
         adopt(result)
     coverage = audit(result)
+    if coverage.parameters != parameters:
+        raise AssertionError(
+            f"the audit counts {coverage.parameters:,}, the model had {parameters:,} parameters: a tie was lost; please report it"
+        )
     for step in recipe.steps:  # at the end: one step may do the experts, another the rest
         coverage.check(step.min_expert_share)
+    if any(pattern == "*" and scheme is not None for step in recipe.steps for pattern, scheme in step.rules):
+        _warn_of_the_rest(result, coverage)
     return Compressed(result, coverage, recipe)
 
 
@@ -96,17 +106,29 @@ def audit(model: nn.Module) -> Coverage:
     codes = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Quantized) for b in m._buffers}
     parameters = {name for name, _ in model.named_parameters()}
     known = {w.parameter_name: w for w in weights(model)}
-    strangers, kind = unknown_experts(model), family_of(model).model_type
-    way_out = (
-        f"model_type {kind!r} is not in edgelab.model.FAMILIES; tell its layout: FAMILIES[{kind!r}] = Family({kind!r}, ExpertLayout(...))"
-    )
+    strangers, reasons = unknown_experts(model), untouchable(model)
     for name, tensor in stored_tensors(model).items():
         if name not in codes:
             role = known[name].role if name in known else "experts" if name in strangers else "other"
             count = tensor.numel() if name in parameters else 0
             dtype, size = str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.element_size()
-            rows.append(CoverageRow(name, role, tuple(tensor.shape), count, dtype, size, False, way_out if name in strangers else ""))
+            note = reasons.get(name, "no rule gave it a scheme" if name in known else "")
+            rows.append(CoverageRow(name, role, tuple(tensor.shape), count, dtype, size, False, note))
     return Coverage(tuple(rows))
+
+
+def _warn_of_the_rest(model: nn.Module, coverage: Coverage) -> None:
+    """Says so when the rule "*" reached less than it sounds like. What the recipe itself leaves out does not count."""
+    reasons = untouchable(model)
+    rest = [r for r in coverage if r.name in reasons and r.role != "router" and r.parameters and not r.touched]
+    touched, left = sum(r.parameters for r in coverage if r.touched), sum(r.parameters for r in rest)
+    if touched < _EXPECTED_SHARE * (touched + left):
+        largest = sorted(rest, key=lambda r: -r.parameters)[:3]
+        warnings.warn(
+            f"the rule '*' quantized only {touched / (touched + left):.1%} of the matrices' parameters of this {type(model).__name__}. "
+            f"Left alone: {'; '.join(f'{r.name} {r.shape} ({r.note})' for r in largest)}{' ...' if len(rest) > 3 else ''}",
+            stacklevel=3,
+        )
 
 
 def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dict[str, QuantScheme]:
@@ -144,19 +166,23 @@ def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dic
 
 def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, progress: bool) -> None:
     by_module: dict[str, list[Weight]] = {}
-    for w in weights(model):
+    listed = weights(model)
+    swapper = Swapper(model, listed)
+    for w in listed:
         if w.name in schemes:
             by_module.setdefault(w.module_name, []).append(w)
+    del listed, w
     with tqdm(total=len(schemes), desc=f"quantize ({step.method})", unit="weight", disable=not progress) as bar:
-        for group in by_module.values():  # swapped one module at a time, so that in place the memory falls as it goes
-            codes = {}
+        for module_name in list(by_module):  # swapped one module at a time, so that in place the memory falls as it goes
+            group, codes = by_module.pop(module_name), {}
             for w in group:
                 try:
-                    codes[w.name] = round_to_nearest(w.tensor, schemes[w.name])
+                    codes[w.name] = round_to_nearest(w.tensor, schemes[w.name], name=w.name)
                 except ValueError as error:
                     raise ValueError(f"{w.name}: {error}") from error
                 bar.update()
-            swap(model, codes)
+            swapper.put(codes)
+    swapper.finish()
 
 
 def _copy(model: nn.Module, replaced: set[str]) -> nn.Module:

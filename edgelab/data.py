@@ -122,6 +122,13 @@ def _read_module(path: Path, root: Path) -> Iterator[tuple[str, str, str]]:
     yield "code", f"code:{module}", "".join(head)
 
 
+def _is_built_in(name: str, value: object) -> bool:
+    """Whether Python itself put `name` into `builtins`: IPython adds `display`, a prompt `_`, gettext another `_`."""
+    own = ("False", "True", "None", "Ellipsis", "NotImplemented", "__debug__", "__doc__", "__name__", "__package__")
+    home = getattr(value, "__module__", None)
+    return name in own if home is None else name != "_" and home in ("builtins", "io", "_sitebuiltins", "_frozen_importlib")
+
+
 def _library_documents() -> Iterator[tuple[str, str, str]]:
     """(domain, identity, text) of everything readable in this interpreter's standard library, in a fixed order."""
     import builtins
@@ -130,6 +137,8 @@ def _library_documents() -> Iterator[tuple[str, str, str]]:
     for name in sorted(topics):
         yield "prose", f"prose:topic:{name}", topics[name]
     for name, value in sorted(vars(builtins).items()):
+        if not _is_built_in(name, value):
+            continue
         members = sorted(vars(value).items()) if isinstance(value, type) else []
         docs = [(name, value), *((f"{name}.{k}", v) for k, v in members if not k.startswith("_"))]
         told = ((n, getattr(v, "__doc__", None)) for n, v in docs)

@@ -8,7 +8,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +38,7 @@ CPU_FEATURES = {
     "asimddp": "Arm dot product (sdot)",
     "i8mm": "Arm int8 matrix product",
 }
+_IMPORT_TIMEOUT_S = 300  # the first import on a slow disk takes long; one that hangs must not hang us
 _MIN_FREE_GB = 3.0  # what the demo may take at its peak
 
 Status = Literal["ok", "warn", "fail"]
@@ -52,8 +55,8 @@ class Check:
 
 
 def constraints() -> dict[str, str]:
-    """The tested version of each package, from constraints.txt beside a source checkout; empty for an installed wheel."""
-    for folder in (Path(__file__).resolve().parents[1], Path(__file__).resolve().parent / "data"):
+    """The tested version of each package, from constraints.txt: a checkout has it at its root, a wheel in the package."""
+    for folder in (Path(__file__).resolve().parents[1], Path(__file__).resolve().parent):
         file = folder / "constraints.txt"
         if file.is_file():
             pairs = re.findall(r"^([A-Za-z0-9_.\-]+)\s*==\s*([^\s;#]+)", file.read_text(encoding="utf-8"), flags=re.M)
@@ -116,20 +119,57 @@ def fingerprint() -> dict[str, str]:
         "cores usable": str(usable_cores()),
         "memory": f"{memory[0]:.1f} GB, {memory[1]:.1f} GB free" if memory else "unknown",
         "system": platform.platform(),
-        "edgelab": version("edgelab") or "not installed: running from its sources",
+        "edgelab": version("edgelab") or "from its sources",
     }
     found |= {p: v for p in ("torch", "transformers", "numba", "numpy", "datasets", "onnxruntime") if (v := version(p))}
     return found
 
 
+def broken_imports(names: Iterable[str] = NEEDED) -> dict[str, str]:
+    """{package: what went wrong} for those of `names` that are installed and yet cannot be imported.
+
+    They are imported in another process: a shared library that crashes takes that one down, and is named.
+    """
+    todo, broken = list(names), {}
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except BaseException as error:\n"
+        "        print('\\n@' + name, 'no', type(error).__name__ + ':', ' '.join(str(error).split())[:300], flush=True)\n"
+        "    else:\n"
+        "        print('\\n@' + name, 'yes', flush=True)\n"
+    )
+    while todo:  # once, unless a package brings the process down: then again with those after it
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", code, *todo], capture_output=True, text=True, errors="replace", timeout=_IMPORT_TIMEOUT_S
+            )
+            said, end = done.stdout, f"importing it ended Python with code {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            said = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes | None) else error.stdout
+            end = f"importing it took more than {_IMPORT_TIMEOUT_S} s"
+        told = dict(re.findall(r"^@(\S+) (.*)$", said, flags=re.M))
+        broken |= {name: answer.removeprefix("no ") for name, answer in told.items() if answer != "yes"}
+        todo = [name for name in todo if name not in told]
+        if todo:
+            broken[todo.pop(0)] = end
+    return broken
+
+
 def _packages() -> list[Check]:
     tested, checks = constraints(), []
+    broken = broken_imports(name for name in NEEDED if version(name))
     for name in (*NEEDED, *OPTIONAL):
         have, want = version(name), tested.get(name)
         if have is None:
             missing = OPTIONAL.get(name)
             way_out = f"without it there is no {missing}" if missing else f"pip install {name}" + (f"=={want}" if want else "")
             checks.append(Check(name, "warn" if missing else "fail", "not installed", way_out))
+        elif name in broken:
+            again = f"pip install --force-reinstall {name}" + (f"=={want}" if want else "")
+            checks.append(Check(name, "fail", f"{have}, but it cannot be imported: {broken[name]}", again))
         elif want and have.split("+")[0] != want.split("+")[0]:
             checks.append(
                 Check(name, "warn", f"{have}; tested with {want}", f"pip install {name}=={want} if something behaves differently")
@@ -184,7 +224,7 @@ def examine() -> list[Check]:
         Check("CPU features", "ok" if flags else "warn", ", ".join(CPU_FEATURES[k] for k in flags) or "none known: portable loops")
     )
     cores = usable_cores()
-    checks.append(Check("cores", "ok" if cores >= 2 else "warn", str(cores), "" if cores >= 2 else "everything runs, about half as fast"))
+    checks.append(Check("cores", "ok" if cores >= 2 else "warn", str(cores), "" if cores >= 2 else "everything runs, more slowly"))
     memory = memory_gb()
     if memory:
         enough = memory[1] >= _MIN_FREE_GB

@@ -20,9 +20,14 @@ reference's own prefix, so t_i is the argmax at that position of one teacher-for
 writes exactly a_1 .. a_n if and only if the teacher-forced argmax is a_i at every i: one pass instead of n steps, and
 exact (on tokens: another spelling of the same characters in other tokens would not count).
 
-Intervals are paired bootstrap intervals over documents: documents are drawn with replacement, every model is figured
-on the same draws, and ratios of sums are resampled as ratios (Efron, Tibshirani 1993, chapter 13). Where all answers
-agree (0 % or 100 %) resampling would claim certainty; the open side is then Clopper and Pearson's 1934 exact bound.
+Intervals are paired bootstrap intervals over sources. A source is what documents were cut from: the `id` before its
+last '#' (the pieces `x#0`, `x#1` are one source, an id without '#' and a row without id are each their own). Pieces
+of one source resemble each other, so to draw them one by one would make intervals too narrow; whole sources are drawn
+with replacement, every model is figured on the same draws, and ratios of sums are resampled as ratios (Efron,
+Tibshirani 1993, chapter 13; Davison, Hinkley 1997, section 3.8). `Row.n` is the number of sources. Where a share is 0
+or 1 in every source, resampling would claim certainty; the open side is then Clopper and Pearson's 1934 exact bound,
+a source counting as one trial. A single source tells nothing of the spread between sources: its figures have no
+interval, except such a bound.
 """
 
 import hashlib
@@ -66,6 +71,7 @@ class Document:
     first: int
     n_bytes: int  # of the scored text, the end token left out
     answer: bool  # whether it has an answer to match
+    source: str = ""  # what it was cut from; documents of one domain and source are no independent observations
 
     @property
     def targets(self) -> np.ndarray:
@@ -82,13 +88,14 @@ def _borders(tokenizer) -> tuple[int, int]:
 
 
 def documents(data, tokenizer, max_docs: Mapping[str, int] | int | None = None) -> list[Document]:
-    """The documents of a Dataset in tokens: of each domain the first `max_docs` in the order of their SHA-256.
+    """The documents of a Dataset in tokens: of each domain the first `max_docs` in the order of their source's SHA-256.
 
-    `data` needs a `text` column; `domain` ("text" where missing), `prompt` and `answer` (text = prompt + answer) and
-    `id` are used where present. `max_docs`: a number, one per domain (100 for a domain that it leaves out), or None
-    for all. The order by hash does not depend on the order of the rows, so a subset stays the same subset.
+    `data` needs a `text` column; `domain` ("text" where missing), `prompt` and `answer` (text = prompt + answer; None
+    counts as "") and `id` are used where present. `max_docs`: a number of documents, one per domain (100 for a domain
+    that it leaves out), or None for all. The documents of a source come together, so that all but the last source
+    taken are whole. The order by hash does not depend on the order of the rows, so a subset stays the same subset.
 
-    Raises ValueError when nothing is left to score.
+    Raises ValueError when nothing is left to score, and for a row with an answer whose text is not prompt + answer.
     """
     columns = getattr(data, "column_names", None)
     if not isinstance(columns, list):
@@ -96,12 +103,23 @@ def documents(data, tokenizer, max_docs: Mapping[str, int] | int | None = None) 
     if "text" not in columns:
         raise ValueError(f"data has columns {columns} and none is called 'text'; data.from_source picks and renames columns")
     n = len(data)
-    texts = list(data["text"])
+    texts, prompts, answers, ids_given = (
+        ["" if v is None else str(v) for v in data[c]] if c in columns else [""] * n for c in ("text", "prompt", "answer", "id")
+    )
     domains = list(data["domain"]) if "domain" in columns else ["text"] * n
-    names = list(data["id"]) if "id" in columns else texts
-    prompts = list(data["prompt"]) if "prompt" in columns else [""] * n
-    answers = list(data["answer"]) if "answer" in columns else [""] * n
-    digest = [hashlib.sha256(f"{d}:{name}".encode()).digest() for d, name in zip(domains, names, strict=True)]
+    for i in range(n):
+        if answers[i] and texts[i] != prompts[i] + answers[i]:
+            named = f" (id {ids_given[i]!r})" if ids_given[i] else ""
+            raise ValueError(
+                f"row {i}{named} has an answer, but its text {texts[i][:60]!r} is not prompt + answer "
+                f"{(prompts[i] + answers[i])[:60]!r}; make text = prompt + answer, or leave the answer out"
+            )
+    names = [name or text for name, text in zip(ids_given, texts, strict=True)]
+    wholes = [name.rpartition("#")[0] or name if name else text for name, text in zip(ids_given, texts, strict=True)]
+    sources = [whole if name else f"row {i}" for i, (name, whole) in enumerate(zip(ids_given, wholes, strict=True))]
+    digest = [
+        tuple(hashlib.sha256(f"{d}:{part}".encode()).digest() for part in parts) for d, *parts in zip(domains, wholes, names, strict=True)
+    ]
     chosen: list[int] = []
     for domain in dict.fromkeys(domains):
         rows = sorted((i for i in range(n) if domains[i] == domain and texts[i]), key=digest.__getitem__)
@@ -118,8 +136,14 @@ def documents(data, tokenizer, max_docs: Mapping[str, int] | int | None = None) 
     result = []
     for i, h, t, text in zip(chosen, head_ids, tail_ids, tail, strict=True):
         ids = np.array([begin, *h, *t, end], np.int64)
-        result.append(Document(domains[i], ids, 1 + len(h), len(text.encode()), bool(answers[i])))
+        result.append(Document(domains[i], ids, 1 + len(h), len(text.encode()), bool(answers[i]), sources[i]))
     return result
+
+
+def source_index(docs: Iterable[Document]) -> np.ndarray:
+    """The number of each document's source, int64 [documents]: counted from 0 in the order of appearance."""
+    seen: dict[tuple[str, str], int] = {}
+    return np.array([seen.setdefault((d.domain, d.source), len(seen)) for d in docs], np.int64)
 
 
 def windows(n: int, context: int, stride: int, first: int = 1) -> Iterator[tuple[int, int, int]]:
@@ -264,9 +288,9 @@ def _choices(choices: list[torch.Tensor | None], batch: _Batch) -> list[torch.Te
 
 
 def expert_counts(model, tokenizer, data, *, max_docs=None, context: int = 512, batch_tokens: int = 4096, progress: bool = True):
-    """(counts int64 [documents, layers, experts], domain of each document): how often each expert was picked.
+    """(counts int64 [sources, layers, experts], domain of each source): how often each expert was picked.
 
-    All tokens count, prompts too, each once. Raises ValueError for a model without routers.
+    All tokens count, prompts too, each once; the documents of a source are summed. Raises ValueError for a model without routers.
     """
     found = routers(model)
     if not found:
@@ -275,15 +299,17 @@ def expert_counts(model, tokenizer, data, *, max_docs=None, context: int = 512, 
     docs = documents(data, tokenizer, max_docs)
     whole = [Document(d.domain, d.ids, 1, d.n_bytes, False) for d in docs]
     _check_context(whole, context, context, {"model": model})
-    counts = np.zeros((len(docs), len(found), experts), np.int64)
+    source = source_index(docs)
+    n = int(source.max()) + 1
+    counts = np.zeros((n, len(found), experts), np.int64)
     with _inference([model]), _watch(model) as choices:
         for batch in tqdm(_batches(whole, context, context, batch_tokens), desc="expert load", unit="batch", disable=not progress):
             _forward(model, batch)
             for layer, picked in enumerate(_choices(choices, batch)):
                 k = picked.shape[1]
-                flat = np.repeat(batch.doc, k) * experts + picked.numpy().ravel()
-                counts[:, layer] += np.bincount(flat, minlength=len(docs) * experts).reshape(len(docs), experts)
-    return counts, [d.domain for d in docs]
+                flat = np.repeat(source[batch.doc], k) * experts + picked.numpy().ravel()
+                counts[:, layer] += np.bincount(flat, minlength=n * experts).reshape(n, experts)
+    return counts, [docs[i].domain for i in np.unique(source, return_index=True)[1]]
 
 
 def expert_load(model, tokenizer, data, **settings) -> np.ndarray:
@@ -297,7 +323,7 @@ def expert_load(model, tokenizer, data, **settings) -> np.ndarray:
 
 def _one_hot(labels: list[str]) -> np.ndarray:
     names = list(dict.fromkeys(labels))
-    return np.array([[label == name for label in labels] for name in names], np.float64)  # [domains, documents]
+    return np.array([[label == name for label in labels] for name in names], np.float64)  # [domains, sources]
 
 
 def _shares(counts: np.ndarray, member: np.ndarray) -> np.ndarray:
@@ -324,8 +350,9 @@ def jensen_shannon(shares: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Specialisation:
     """How far routing depends on the domain. `bits`: Jensen-Shannon divergence between the domains' expert loads, mean
-    over layers; `chance` and `chance_high`: mean and 97.5th percentile of the same figure with documents dealt to
-    domains at random; `by_layer`: `bits` of each layer; `p`: share of the random deals that reach `bits`."""
+    over layers; `chance` and `chance_high`: mean and 97.5th percentile of the same figure with sources dealt to
+    domains at random; `by_layer`: `bits` of each layer; `p`: share of the random deals that reach `bits`;
+    `documents`: how many were dealt, a source counting as one."""
 
     bits: float
     chance: float
@@ -336,10 +363,10 @@ class Specialisation:
 
 
 def specialisation(counts: np.ndarray, domains: list[str], *, permutations: int = 500, seed: int = 0) -> Specialisation:
-    """Whether experts specialise by domain, against chance: a permutation test over documents.
+    """Whether experts specialise by domain, against chance: a permutation test over sources.
 
-    Takes what `expert_counts` returns. Permuting whole documents keeps the correlation of tokens inside them, and the
-    number of documents per domain: what is left is the divergence that finite samples show by themselves.
+    Takes what `expert_counts` returns. Permuting whole sources keeps the correlation of tokens inside them, and the
+    number of sources per domain: what is left is the divergence that finite samples show by themselves.
     Raises ValueError for fewer than two domains.
     """
     member = _one_hot(domains)
@@ -363,7 +390,8 @@ class Scores:
 
     `nll` counts the end token, `text_nll` does not (both nats). The fields after them compare with the baseline and
     are None for the baseline itself; `correct` is None where there are no answers, `overlap` without routers.
-    `token_kld` float32 [tokens] lies document after document.
+    `token_kld` float32 [tokens] lies document after document. `source` numbers each document's source 0 .. sources - 1;
+    None: each document is its own.
     """
 
     tokens: np.ndarray
@@ -375,6 +403,7 @@ class Scores:
     token_kld: np.ndarray | None = None
     same_top: np.ndarray | None = None
     overlap: np.ndarray | None = None
+    source: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,14 +444,18 @@ def measure(
     """Per-document sums of every model on the same documents, the models taking turns on each batch.
 
     `stride` is half the context unless given. Raises ValueError for empty data, for a context that is too short or
-    longer than a model's positions, for tokens outside a model's vocabulary; FloatingPointError for a model that
+    longer than a model's positions, for vocabularies that differ in size or lack a token; FloatingPointError for a model that
     returns NaN.
     """
     order, base = _checked_models(models, baseline)
     stride = max(1, context // 2) if stride is None else stride
     docs = documents(data, tokenizer, max_docs)
     _check_context(docs, context, stride, models)
-    vocabulary = max(getattr(m.config, "vocab_size", 0) for m in models.values())
+    sizes = {name: m.config.vocab_size for name, m in models.items() if getattr(m.config, "vocab_size", None)}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise ValueError(f"the models have vocabularies of different sizes ({listed}): evaluate models of one tokenizer together")
+    vocabulary = max(sizes.values(), default=0)
     highest = max(int(d.ids.max()) for d in docs)
     for name, model in models.items():
         if highest >= getattr(model.config, "vocab_size", highest + 1):
@@ -482,6 +515,7 @@ def measure(
         mine = np.array([i for i, d in enumerate(docs) if d.domain == domain])
         spots = np.concatenate([np.arange(offset[i], offset[i + 1]) for i in mine])
         n_bytes = np.array([docs[i].n_bytes for i in mine])
+        source = source_index(docs[i] for i in mine)
         for name in order:
             found = {k: v[mine] for k, v in sums[name].items()}
             right = None
@@ -491,7 +525,7 @@ def measure(
             if name != base:
                 compared = {"kld": found["kld"], "token_kld": token_kld[name][spots], "same_top": found["same_top"]}
                 compared["overlap"] = found["overlap"] if shapes[base] and shapes[name] == shapes[base] else None
-            scores[name][domain] = Scores(tokens[mine], n_bytes, found["nll"], found["text_nll"], right, **compared)
+            scores[name][domain] = Scores(tokens[mine], n_bytes, found["nll"], found["text_nll"], right, **compared, source=source)
     scores = {m: scores[m] for m in models}
     return Measured(scores, base, corpora.fingerprint(data), context, stride)
 
@@ -500,11 +534,24 @@ def measure(
 
 
 def draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `n` documents is drawn in each resample: float64 [resamples, n], rows sum to n.
+    """How often each of `n` sources is drawn in each resample: float64 [resamples, n], rows sum to n.
 
-    Drawing n of n documents with replacement is a multinomial draw of counts; a resampled sum is then one product.
+    Drawing n of n sources with replacement is a multinomial draw of counts; a resampled sum is then one product.
     """
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def weigh(source: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """How often each document counts in each resample of whole sources: float64 [resamples, documents].
+
+    A document counts as often as its source was drawn, so `weigh(...) @ x` is the resampled sum of per-source sums.
+    """
+    return draws(int(source.max()) + 1, resamples, seed)[:, source]
+
+
+def spread(values: np.ndarray, sources: int) -> tuple[float | None, float | None]:
+    """`interval` of figures that were resampled over `sources`; (None, None) of a single one: nothing was resampled."""
+    return interval(values) if sources > 1 else (None, None)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -513,20 +560,25 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _share_interval(outcomes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval of the share of true `outcomes`: bootstrap, or the exact binomial bound where all are equal."""
-    n = len(outcomes)
-    if outcomes.all():
-        return 0.025 ** (1 / n), 1.0
-    if not outcomes.any():
-        return 0.0, 1 - 0.025 ** (1 / n)
-    return interval(weights @ outcomes.astype(np.float64) / n)
+def _share_interval(top: np.ndarray, bottom: np.ndarray, source: np.ndarray, weights: np.ndarray) -> tuple[float | None, float | None]:
+    """A 95 % interval of the share sum(top) / sum(bottom), per document 0 <= top <= bottom.
+
+    Bootstrap over sources, or the exact binomial bound where every source is all 0 or every one all 1: it bounds the
+    probability that a source is so, and with it the share. The bound is one-sided at 97.5 %, as the interval's ends.
+    """
+    sources = int(source.max()) + 1
+    if not top.any():
+        return 0.0, 1 - 0.025 ** (1 / sources)
+    if np.isclose(top, bottom, rtol=1e-9).all():
+        return 0.025 ** (1 / sources), 1.0
+    return spread((weights @ top.astype(np.float64)) / (weights @ bottom.astype(np.float64)), sources)
 
 
 def _resampled_percentile(values: np.ndarray, lengths: np.ndarray, weights: np.ndarray, share: float = 0.99) -> np.ndarray:
-    """The percentile `share` of token values under each resample of their documents: [resamples].
+    """The percentile `share` of token values under each resample: [resamples].
 
-    `values` lie document after document, `lengths` [documents] tokens each. Tokens are pooled into at most 1,024 bins
+    `values` lie document after document, `lengths` [documents] tokens each, `weights` [resamples, documents] as of
+    `weigh`. Tokens are pooled into at most 1,024 bins
     of equal count over the largest tenth of the values (and 64 below), so a rank is exact to 0.01 % of the tokens
     (exact when the tenth has no more than 1,024 tokens), and memory is bins x (documents + resamples) whatever the text.
     """
@@ -544,6 +596,21 @@ def _resampled_percentile(values: np.ndarray, lengths: np.ndarray, weights: np.n
     return values[order[edges[1:] - 1]][where]  # the largest value of the bin
 
 
+def _sources(s: Scores) -> tuple[np.ndarray, int]:
+    """(number of each document's source, how many sources)."""
+    source = np.arange(len(s.tokens)) if s.source is None else s.source
+    return source, int(source.max()) + 1
+
+
+def count(sources: int, docs: int) -> str:
+    """What `Row.n` counts, in words: for the note.
+
+    >>> count(3, 5), count(1, 1)
+    ('3 sources (5 documents)', '1 source (1 document)')
+    """
+    return f"{sources} source{'s' * (sources != 1)} ({docs} document{'s' * (docs != 1)})"
+
+
 def compare(measured: Measured, a: str, b: str, *, resamples: int = 2000, seed: int = 0) -> Report:
     """ln(perplexity of b / perplexity of a) per domain, nats per token, with its paired bootstrap interval.
 
@@ -555,16 +622,29 @@ def compare(measured: Measured, a: str, b: str, *, resamples: int = 2000, seed: 
     rows = []
     for domain in measured.domains():
         one, two = measured.scores[a][domain], measured.scores[b][domain]
-        w = draws(len(one.tokens), resamples, seed)
-        low, high = interval((w @ (two.nll - one.nll)) / (w @ one.tokens))
+        source, sources = _sources(one)
+        w = weigh(source, resamples, seed)
+        low, high = spread((w @ (two.nll - one.nll)) / (w @ one.tokens), sources)
         value = float((two.nll - one.nll).sum() / one.tokens.sum())
-        common = {"n": len(one.tokens), "seed": seed, "machine": machine(), "corpus": measured.corpus}
-        rows.append(Row(b, "ln_ppl_ratio", value, "nats/tok", domain, low, high, note=f"ln(ppl / ppl of {a}), paired", **common))
+        common = {"n": sources, "seed": seed, "machine": machine(), "corpus": measured.corpus}
+        rows.append(
+            Row(
+                b,
+                "ln_ppl_ratio",
+                value,
+                "nats/tok",
+                domain,
+                low,
+                high,
+                note=f"ln(ppl / ppl of {a}), paired; {count(sources, len(source))}",
+                **common,
+            )
+        )
     return Report(tuple(rows))
 
 
 def summarise(measured: Measured, *, resamples: int = 2000, seed: int = 0) -> Report:
-    """The figures of what `measure` found, each with its paired bootstrap interval over documents.
+    """The figures of what `measure` found, each with its paired bootstrap interval over sources.
 
     Metrics: perplexity, bits_per_byte, exact_match (domains with answers); against the baseline: ln_ppl_ratio, kld,
     kld_p99, same_top, flips (domains with answers), router_overlap (mixtures of experts).
@@ -573,40 +653,43 @@ def summarise(measured: Measured, *, resamples: int = 2000, seed: int = 0) -> Re
     base = measured.baseline
     for domain in measured.domains():
         reference = measured.scores[base][domain]
-        w = draws(len(reference.tokens), resamples, seed)  # one set of draws for every model: paired
-        about = f"context {measured.context}, stride {measured.stride}"
+        source, sources = _sources(reference)
+        w = weigh(source, resamples, seed)  # one set of draws for every model: paired
+        counted = count(sources, len(source))
+        about = f"{counted}, context {measured.context}, stride {measured.stride}"
         if reference.correct is not None:
             about = f"answers only, {about}"
-        common = {"slice": domain, "n": len(reference.tokens), "seed": seed, "machine": machine(), "corpus": measured.corpus}
+        common = {"slice": domain, "n": sources, "seed": seed, "machine": machine(), "corpus": measured.corpus}
 
         for name, by_domain in measured.scores.items():
             s = by_domain[domain]
 
-            def row(metric, unit, top, bottom, f=np.divide, note=about, name=name, w=w, common=common) -> None:
-                low, high = interval(f(w @ top, w @ bottom))
+            def row(metric, unit, top, bottom, f=np.divide, note=about, name=name, w=w, sources=sources, common=common) -> None:
+                low, high = spread(f(w @ top, w @ bottom), sources)
                 rows.append(Row(name, metric, float(f(top.sum(), bottom.sum())), unit, low=low, high=high, note=note, **common))
 
-            def share(metric, outcomes, note, name=name, w=w, common=common) -> None:
-                low, high = _share_interval(outcomes, w)
-                rows.append(Row(name, metric, float(outcomes.mean()), "share", low=low, high=high, note=note, **common))
+            def share(metric, top, bottom, note, name=name, w=w, source=source, common=common) -> None:
+                low, high = _share_interval(top, bottom, source, w)
+                rows.append(Row(name, metric, float(top.sum() / bottom.sum()), "share", low=low, high=high, note=note, **common))
 
+            each = np.ones(len(source))
             row("perplexity", "", s.nll, s.tokens, perplexity, f"per token, end token counted; {about}")
             row("bits_per_byte", "bit/B", s.text_nll, s.n_bytes, bits_per_byte, f"end token not counted; {about}")
             if s.correct is not None:
-                share("exact_match", s.correct, "greedy decoding, the whole answer and its end")
+                share("exact_match", s.correct, each, f"greedy decoding, the whole answer and its end; {counted}")
             if name == base:
                 continue
             row("kld", "nats/tok", s.kld, s.tokens, note=f"KL({base} || {name}), float32 logits; {about}")
-            low, high = interval(_resampled_percentile(s.token_kld, s.tokens, w))
+            low, high = spread(_resampled_percentile(s.token_kld, s.tokens, w), sources)
             note = f"99th percentile over tokens; {about}"
             rows.append(Row(name, "kld_p99", percentile(s.token_kld), "nats", low=low, high=high, note=note, **common))
-            row("same_top", "share", s.same_top, s.tokens, note=f"same likeliest token as {base}; {about}")
+            share("same_top", s.same_top, s.tokens, f"same likeliest token as {base}; {about}")
             if s.correct is not None:
                 down, up = flips(reference.correct, s.correct)
                 note = f"answers whose correctness differs from {base}: {down.mean():.4f} right to wrong, {up.mean():.4f} wrong to right"
-                share("flips", down | up, note)
+                share("flips", down | up, each, f"{note}; {counted}")
             if s.overlap is not None:
-                row("router_overlap", "share", s.overlap, s.tokens, note=f"chosen experts in common with {base}, mean over layers; {about}")
+                share("router_overlap", s.overlap, s.tokens, f"chosen experts in common with {base}, mean over layers; {about}")
     report = Report(tuple(rows))
     for name in measured.scores:
         if name != base:
@@ -653,13 +736,15 @@ def speed(
     """Rows tokens_per_s (decoding, batch 1, key-value cache) and prefill_tokens_per_s per model: the median.
 
     The models take turns, so that a noisy moment of the machine falls on all; the first turn warms up and is not
-    counted. The interval is the 2.5th to 97.5th percentile of the repetitions, not of the median.
+    counted. The interval is a bootstrap interval of the median over repetitions (2,000 resamples, seeded): how sure the
+    median of this sitting is, not how far single repetitions lie from it. The note names the type of the logits.
     """
     _checked_models(models, None)
     most = min(getattr(m.config, "max_position_embeddings", None) or sys.maxsize for m in models.values())
     prefill, prompt = min(prefill, most), max(1, min(prompt, most - decode))
     rng = np.random.default_rng(seed)
     found: dict[tuple[str, str], list[float]] = {(m, k): [] for m in models for k in ("tokens_per_s", "prefill_tokens_per_s")}
+    ran: dict[str, str] = {}
     with _inference(models.values()):
         for turn in range(repetitions + 1):
             for name, model in models.items():
@@ -673,6 +758,7 @@ def speed(
                     token = out.logits[:, -1:].argmax(-1)
                     out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
                 out.logits[0, -1].argmax().item()
+                ran[name] = str(out.logits.dtype).removeprefix("torch.")
                 written = time.perf_counter() - began
                 if turn:
                     found[name, "tokens_per_s"].append(decode / written)
@@ -683,9 +769,11 @@ def speed(
     }
     rows = []
     for (name, metric), values in found.items():
-        low, high = interval(np.array(values))
+        drawn = np.random.default_rng(seed).integers(0, repetitions, (2000, repetitions))
+        low, high = interval(np.median(np.array(values)[drawn], axis=1))
         value = float(np.median(values))
-        rows.append(Row(name, metric, value, "tok/s", low=low, high=high, n=repetitions, seed=seed, machine=machine(), note=notes[metric]))
+        note = f"{notes[metric]}; {ran[name]}; median of {repetitions} repetitions, its bootstrap interval"
+        rows.append(Row(name, metric, value, "tok/s", low=low, high=high, n=repetitions, seed=seed, machine=machine(), note=note))
     return Report(tuple(rows))
 
 

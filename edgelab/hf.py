@@ -52,6 +52,18 @@ class EdgeLabQuantizer(HfQuantizer):
                 module._buffers.update(dict.fromkeys(("packed", "scales")))
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+        absent = [
+            f"{name}.{buffer}"
+            for name, module in model.named_modules()
+            if isinstance(module, Quantized) and not getattr(module, "tied_to", None)
+            for buffer, tensor in module._buffers.items()
+            if not getattr(tensor, "_is_hf_initialized", False)  # transformers marks what it read from the files
+        ]
+        if absent:
+            raise ValueError(
+                f"the checkpoint lacks {len(absent)} tensors of quantized weights ({', '.join(absent[:4])}"
+                f"{' ...' if len(absent) > 4 else ''}): copy it again"
+            )
         retie(model)
 
     def get_state_dict_and_metadata(self, model):

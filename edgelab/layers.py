@@ -88,6 +88,8 @@ class Quantized(nn.Module):
         self._stored: dict[str, _Stored] = {}  # by the name of the parameter that the weight replaces
         self._views: dict[str, tuple] = {}
 
+    dtype = torch.float32  # of the weights that the layer stands for
+
     def _keep(self, name: str, weight: QTensor | Blank, prefix: str = "") -> None:
         shape, scheme = tuple(weight.shape), weight.scheme
         if isinstance(weight, QTensor):
@@ -148,7 +150,19 @@ class Quantized(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if id(t) in scales and moved.dtype != t.dtype else moved
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_scales, recurse)
+
+    def _weight(self, transposed: bool = False) -> Tensor:
+        s = self._stored["weight"]
+        packed, scales = self._buffers[s.packed], self._buffers[s.scales]
+        if packed is None:  # while transformers loads a model, a tied layer waits for its owner's codes
+            weight = torch.empty(s.shape, dtype=self.dtype, device="meta")
+        else:
+            weight = dequantize(packed, scales, s.scheme, s.shape[-1]).to(self.dtype)
+        weight = weight.mT if transposed else weight
+        weight._is_hf_initialized = True  # transformers' `_init_weights` leaves it alone
+        return weight
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_views": {}}  # deepcopy must not share views with the original
@@ -162,7 +176,9 @@ class Quantized(nn.Module):
 class QLinear(Quantized):
     """y = x W^T + bias, with W [out, in] in low bits."""
 
-    def __init__(self, weight: QTensor | Blank, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QTensor | Blank, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, transposed: bool = False
+    ) -> None:
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"weight is {tuple(weight.shape)}; QLinear takes [out, in], an expert stack goes to QExperts")
@@ -170,7 +186,18 @@ class QLinear(Quantized):
         self.out_features, self.in_features = weight.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias is {tuple(bias.shape)}; a weight {tuple(weight.shape)} needs ({self.out_features},)")
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # the very same parameter: it may be tied (BERT's decoder shares its bias with the head)
+        bias = bias.requires_grad_(False) if isinstance(bias, nn.Parameter) else bias
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None and not isinstance(bias, nn.Parameter) else bias
+        self.dtype, self.transposed = dtype, transposed
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in `dtype`, oriented as in the module that the layer replaced, unpacked at each access. Read-only.
+
+        For models that read the weight of a layer instead of calling it, or ask for its dtype.
+        """
+        return self._weight(self.transposed)
 
     @classmethod
     def empty(cls, out_features: int, in_features: int, scheme: QuantScheme, bias: bool = False) -> "QLinear":
@@ -220,9 +247,10 @@ class QEmbedding(Quantized):
         """A layer of zeros, to load a state dict into."""
         return cls(Blank((num_embeddings, embedding_dim), scheme), padding_idx, dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
+    @property
+    def weight(self) -> Tensor:
+        """[rows, dim] in `dtype`, unpacked at each access: for models that read it. Read-only."""
+        return self._weight()
 
     def forward(self, ids: Tensor) -> Tensor:
         s = self._stored["weight"]

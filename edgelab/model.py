@@ -136,6 +136,7 @@ def weights(model: nn.Module) -> list[Weight]:
     # on the meta device, before weights are loaded, transformers has not tied anything yet: only the names say what will be
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     owners: dict[int | str, str] = {}
+    alone = _shared_with_others(model, family)
     found = []
     for module_name, module in model.named_modules():
         if not module_name or id(module) in skip:
@@ -143,6 +144,8 @@ def weights(model: nn.Module) -> list[Weight]:
         for parameter, kind, transposed in _slots(module, module_name, family):
             name = f"{module_name}.{parameter}" if kind == "experts" else module_name
             stored = module._parameters[parameter]
+            if id(stored) in alone:
+                continue
             tensor = stored.detach().transpose(-1, -2) if transposed else stored.detach()
             full = f"{module_name}.{parameter}"
             tied_to = owners.setdefault(ties.get(full, full) if stored.is_meta else id(stored), name)
@@ -188,6 +191,49 @@ def unknown_experts(model: nn.Module) -> dict[str, nn.Parameter]:
             name = f"{module_name}.{parameter}"
             if value.ndim >= 2 and value.is_floating_point() and name not in taken and not parameter.endswith("bias"):
                 found[name] = value
+    return found
+
+
+def _shared_with_others(model: nn.Module, family: Family) -> dict[int, str]:
+    """{id of a parameter: why} of those that a swappable module shares with one that computes with it in a way of its own."""
+    own, others = set(), {}
+    for module_name, module in model.named_modules():
+        slots = {parameter for parameter, _, _ in _slots(module, module_name, family)}
+        for parameter, value in module._parameters.items():
+            if value is not None and parameter in slots:
+                own.add(id(value))
+            elif value is not None and value.ndim >= 2:
+                others[id(value)] = f"also used by {module_name}, a {type(module).__name__}, in a way of its own"
+    return {i: why for i, why in others.items() if i in own}
+
+
+def untouchable(model: nn.Module) -> dict[str, str]:
+    """{parameter name: reason} of the float parameters of two or more dimensions that `weights` does not list or `swap` refuses."""
+    family, listed = family_of(model), {w.parameter_name: w for w in weights(model)}
+    strangers, alone = unknown_experts(model), _shared_with_others(model, family)
+    inside = {id(c): type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.modules()}
+    kind, found = family.model_type, {}
+    for module_name, module in model.named_modules():
+        for parameter, value in module._parameters.items():
+            name, own_class = f"{module_name}.{parameter}".lstrip("."), type(module).__name__
+            if value is None or value.ndim < 2 or not value.is_floating_point():
+                continue
+            if name in listed:
+                if listed[name].kind == "router":
+                    found[name] = f"a router, which {own_class} computes itself"
+            elif name in strangers:
+                found[name] = (
+                    f"model_type {kind!r} is not in edgelab.model.FAMILIES; tell its layout: "
+                    f"FAMILIES[{kind!r}] = Family({kind!r}, ExpertLayout(...))"
+                )
+            elif id(value) in alone:
+                found[name] = alone[id(value)]
+            elif id(module) in inside:
+                found[name] = f"{inside[id(module)]} reads the weights of its parts itself"
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                found[name] = f"{own_class} computes with its weight in a way of its own (a subclass with another forward, or max_norm)"
+            else:
+                found[name] = f"{own_class} is no nn.Linear, nn.Embedding, Conv1D or known expert stack"
     return found
 
 
@@ -241,24 +287,47 @@ def swap(model: nn.Module, tensors: Mapping[str, QTensor | Blank]) -> None:
             raise ValueError(f"{name} has the shape {known[name].shape}, its codes have {tuple(q.shape)}")
         if known[name].kind == "router":
             raise ValueError(f"{name} is a router that {_class_of(model, known[name])} computes itself; it stays in floating point")
-    chosen = {known[name].tied_to or name: q for name, q in tensors.items()}
-    parts: dict[str, dict[str, QTensor | Blank]] = {}  # module -> parameter -> codes
-    for w in known.values():
-        if (w.tied_to or w.name) in chosen:
-            parts.setdefault(w.module_name, {})[w.parameter] = chosen[w.tied_to or w.name]
-    by_module = {w.module_name: w for w in known.values()}
-    layers: dict[str, Quantized] = {}
-    for module_name, codes in parts.items():
-        old, w = model.get_submodule(module_name), by_module[module_name]
-        new = _layer(old, codes, w, family_of(model))
-        new.origin = (_skeleton(old),)  # in a tuple, so that torch does not take it for a child
-        new.tied_to = w.tied_to
-        if w.tied_to:
-            _share(new, layers[new.tied_to])
-        layers[module_name] = new
-        _replace(model, old, new)
-    if layers:
-        _forget_ties(model)
+    swapper = Swapper(model, known.values())
+    swapper.put(tensors)
+    swapper.finish()
+
+
+class Swapper:
+    """Swaps the modules of a model in several goes, at the cost of one walk: `put` each, then `finish`.
+
+    It keeps no module and no tensor of the model, so that memory falls with each `put`.
+    """
+
+    def __init__(self, model: nn.Module, listed: Iterable[Weight]) -> None:
+        self._model, self._family, self._places = model, family_of(model), _places(model)
+        self._slots = {w.name: (w.module_name, w.parameter, w.kind, w.tied_to) for w in listed}
+        self._same: dict[str, list[str]] = {}  # the owner of a parameter -> all names of it
+        for name, (_, _, _, tied_to) in self._slots.items():
+            self._same.setdefault(tied_to or name, []).append(name)
+
+    def put(self, tensors: Mapping[str, QTensor | Blank]) -> None:
+        """Put layers in the place of the modules that hold the named weights, and of those tied to them."""
+        chosen = {self._slots[name][3] or name: q for name, q in tensors.items()}
+        parts: dict[str, dict[str, QTensor | Blank]] = {}  # module -> parameter -> codes
+        kinds: dict[str, tuple[str, str | None]] = {}
+        for owner, q in chosen.items():
+            for name in self._same[owner]:  # the owner first
+                module_name, parameter, kind, tied_to = self._slots[name]
+                parts.setdefault(module_name, {})[parameter] = q
+                kinds[module_name] = kind, tied_to
+        layers: dict[str, Quantized] = {}
+        for module_name, codes in parts.items():
+            old, (kind, tied_to) = self._model.get_submodule(module_name), kinds[module_name]
+            new = _layer(old, codes, module_name, kind, self._family)
+            new.origin = (_skeleton(old),)  # in a tuple, so that torch does not take it for a child
+            new.tied_to = tied_to
+            if tied_to:
+                _share(new, layers[tied_to])
+            layers[module_name] = new
+            _replace(self._places, old, new)
+
+    def finish(self) -> None:
+        _forget_ties(self._model)
 
 
 def retie(model: nn.Module) -> None:
@@ -270,7 +339,7 @@ def retie(model: nn.Module) -> None:
 
 def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Turn the quantized layers of `model` back into what they replaced, in place, with the weights their codes stand for."""
-    family, back = family_of(model), {}
+    family, places, back = family_of(model), _places(model), {}
     for module_name, old in list(model.named_modules()):
         if not isinstance(old, Quantized):
             continue
@@ -288,22 +357,39 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         back[module_name] = new
         if getattr(old, "tied_to", None):
             new._parameters["weight"] = back[old.tied_to]._parameters["weight"]
-        _replace(model, old, new)
+        _replace(places, old, new)
     for module in model.modules():  # the ties that `_forget_ties` took away
         if module.__dict__.pop("_tied_weights_keys", None) is not None:
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
+    if back:
+        _disown(model)
 
 
-def _layer(old: nn.Module, codes: dict[str, QTensor | Blank], w: Weight, family: Family) -> Quantized:
+def _disown(model: nn.Module) -> None:
+    """Take back what `hf.adopt` and transformers' loading say of a quantized model: `save_pretrained` would believe it."""
+    if getattr(model, "quantization_method", None) != "edgelab":
+        return
+    for attribute in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(attribute, None)
+    model.is_quantized = False
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "__dict__"):
+            config.__dict__.pop("quantization_config", None)
+            config.__dict__.pop("_is_quantized", None)
+
+
+def _layer(old: nn.Module, codes: dict[str, QTensor | Blank], module_name: str, kind: str, family: Family) -> Quantized:
     """The quantized layer that computes what `old` does."""
-    if w.kind == "embedding":
+    if kind == "embedding":
         return QEmbedding(codes["weight"], padding_idx=old.padding_idx, dtype=old.weight.dtype)
-    if w.kind == "linear":
-        return QLinear(codes["weight"], old.bias)
+    if kind == "linear":
+        transposed = any(t for parameter, _, t in _slots(old, module_name, family) if parameter == "weight")
+        return QLinear(codes["weight"], old.bias, dtype=old.weight.dtype, transposed=transposed)
     layout = family.experts
     missing = {layout.gate_up, layout.down} - set(codes)
     if missing:
-        raise ValueError(f"{w.module_name}: {missing.pop()} has no codes; both stacks of an expert module are quantized together")
+        raise ValueError(f"{module_name}: {missing.pop()} has no codes; both stacks of an expert module are quantized together")
     settings: dict = {"act_fn": getattr(old, "act_fn", None)}
     if layout.biased:
         settings |= {"gate_up_bias": getattr(old, f"{layout.gate_up}_bias"), "down_bias": getattr(old, f"{layout.down}_bias")}
@@ -324,12 +410,20 @@ def _share(layer: Quantized, owner: Quantized) -> None:
         layer._buffers[buffer] = owner._buffers[buffer]
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    new.train(old.training)
-    for parent in list(model.modules()):  # everywhere: a module may be registered under two names
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """{id of a module: every (parent, name) that it is registered under}; there may be several."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
         for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, key))
+    return places
+
+
+def _replace(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    for parent, key in places.pop(id(old)):
+        parent._modules[key] = new
 
 
 def _forget_ties(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelab import data as corpora
-from edgelab.evaluate import QUICK_DOCS, Document, documents, draws, interval
+from edgelab.evaluate import QUICK_DOCS, Document, count, documents, source_index, spread, weigh
 from edgelab.metrics.bits_per_byte.bits_per_byte import bits_per_byte
 from edgelab.report import Report, Row, machine
 
@@ -134,10 +134,13 @@ def baseline(train, test, tokenizer, *, max_docs=QUICK_DOCS, per_domain: bool = 
     for domain, docs in by_domain.items():
         model = shared or Trigram.fit((d.ids for d in learn if d.domain == domain), vocab)
         nll, n_bytes = _text_nll(model, docs), np.array([d.n_bytes for d in docs])
-        w = draws(len(docs), resamples, seed)
-        low, high = interval(bits_per_byte(w @ nll, w @ n_bytes))
+        source = source_index(docs)
+        sources = int(source.max()) + 1
+        w = weigh(source, resamples, seed)
+        low, high = spread(bits_per_byte(w @ nll, w @ n_bytes), sources)
         note = f"Kneser-Ney trigram of the model's tokens, trained on {'this domain' if per_domain else 'all domains'} of the train split"
-        common = {"n": len(docs), "seed": seed, "machine": machine(), "corpus": corpora.fingerprint(test), "note": note}
+        note = f"{note}; {count(sources, len(docs))}"
+        common = {"n": sources, "seed": seed, "machine": machine(), "corpus": corpora.fingerprint(test), "note": note}
         value = float(bits_per_byte(nll.sum(), n_bytes.sum()))
         rows.append(Row("trigram", "bits_per_byte", value, "bit/B", domain, low, high, **common))
     return Report(tuple(rows))

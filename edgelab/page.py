@@ -110,9 +110,7 @@ class Section:
     parts: tuple[object, ...]
 
 
-def report_table(
-    report: Report, caption: str = "All measurements, with 95 % intervals (paired bootstrap over documents) in brackets"
-) -> Table:
+def report_table(report: Report, caption: str = f"All measurements, with 95 % intervals in brackets: {words.INTERVALS}") -> Table:
     models = report.models()
     rows = tuple((line["metric"], line["on"], *(line.get(m, "") for m in models)) for line in words.table(report))
     return Table(caption, ("metric", "on", *models), rows, tuple(models))
@@ -164,12 +162,17 @@ def plots_of(report: Report, coverage=None) -> list[Plot]:
 
 
 def standard_sections(
-    report: Report, *, coverage=None, recipes: dict[str, object] | None = None, facts: dict[str, object] | None = None
+    report: Report,
+    *,
+    coverage=None,
+    recipes: dict[str, object] | None = None,
+    facts: dict[str, object] | None = None,
+    beside: str = "",
 ) -> list[Section]:
-    """The sections of the report that `edgelab demo` and `edgelab evaluate` write."""
+    """The sections of the report that `edgelab demo` and `edgelab evaluate` write; `beside` stands below the first table."""
     metrics = [words.METRICS[m] for m in words.METRICS if report.where(metric=m).rows]
     meaning = Table("What the metrics mean", ("metric", "better", "meaning"), tuple((m.title, m.better, m.meaning) for m in metrics))
-    sections = [Section("The figures", (report_table(report), meaning))]
+    sections = [Section("The figures", (report_table(report), *([beside] if beside else []), meaning))]
     figures = plots_of(report, coverage)
     if figures:
         sections.append(Section("The same in pictures", tuple(figures)))
@@ -232,7 +235,7 @@ def external_loads(html: str) -> list[str]:
     """What the page would fetch when it is opened: every src, link href, CSS url() and @import that is not data: or a fragment.
 
     Scripts are code, not markup, so their bodies are left out; that plotly.js itself fetches nothing for the figures
-    made here was seen in a browser with the network cut.
+    made here is what `tests/test_page_browser.py` sees in a browser that has no network.
 
     >>> external_loads('<img src="data:,x"><a href="https://x.org">read</a>'), external_loads('<script src="https://x.org/a.js"></script>')
     ([], ['https://x.org/a.js'])

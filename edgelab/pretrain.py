@@ -209,20 +209,29 @@ def rebalance(pairs, gamma: float) -> float:
     return worst
 
 
-def _save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+def _save_checkpoint(folder: Path, model, optimizer, step: int, settings: Settings) -> None:
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     for i, entry in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{i}.{k}": v.reshape(-1) if v.ndim == 0 else v for k, v in entry.items()}
     whole = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
-    save_file(whole, folder / "checkpoint.tmp", {"step": str(step)})
+    save_file(whole, folder / "checkpoint.tmp", {"step": str(step), "settings": json.dumps(asdict(settings))})
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.safetensors")
 
 
-def _load_checkpoint(path: Path, model, optimizer) -> int:
+def _load_checkpoint(path: Path, model, optimizer, settings: Settings) -> int:
+    """The step that the checkpoint at `path` was written after; fills `model` and `optimizer`."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as f:
-        step = int(f.metadata()["step"])
+        found = f.metadata()
+    step, began = int(found["step"]), json.loads(found["settings"])
+    wanted = json.loads(json.dumps(asdict(settings)))
+    differ = [k for k in wanted if k != "tokens" and wanted[k] != began.get(k)]
+    if differ:
+        told = ", ".join(f"{k} {began.get(k)} -> {wanted[k]}" for k in differ)
+        raise ValueError(f"{path} is of another run ({told}); delete it to start anew, or give the settings it began with")
+    if step > settings.steps:
+        raise ValueError(f"{path} has {step} steps behind it, tokens={settings.tokens} asks for {settings.steps}; ask for more")
     state = load_file(path)
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     whole = optimizer.state_dict()
@@ -277,7 +286,7 @@ def pretrain(
     )  # fmt: skip
     first = 0
     if (work / "checkpoint.safetensors").exists():
-        first = _load_checkpoint(work / "checkpoint.safetensors", model, optimizer)
+        first = _load_checkpoint(work / "checkpoint.safetensors", model, optimizer, s)
     routers = watch_load(model)
 
     def loss_of(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -311,7 +320,7 @@ def pretrain(
                 f.write(json.dumps(row) + "\n")
             losses = []
         if time.monotonic() - saved > save_every_s or step + 1 == last:
-            _save_checkpoint(work, model, optimizer, step + 1)
+            _save_checkpoint(work, model, optimizer, step + 1, s)
             saved = time.monotonic()
     if last < s.steps:
         return None
@@ -338,8 +347,12 @@ def export(model, tokenizer, out: Path, facts: dict, curve: Path | None = None) 
         (tmp / "curve.jsonl").write_text("".join(f"{rows[k]}\n" for k in sorted(rows)))
     for file in tmp.iterdir():  # safetensors writes for the owner alone; a wheel or an archive would carry that along
         file.chmod(0o644)
-    shutil.rmtree(out, ignore_errors=True)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
     tmp.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:

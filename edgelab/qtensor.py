@@ -7,11 +7,14 @@ Rows start on a byte. Scales are float16, [..., out, groups] (or [..., 1, 1] for
 QTensor owns the layout and never fits anything: methods produce codes and scales, `QTensor.from_codes` packs them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgelab.scheme import PerGroup, QuantScheme
+
+_CHUNK = 1 << 18  # codes that are packed or unpacked at a time
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -23,18 +26,21 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return np.ascontiguousarray(codes)
     n = codes.shape[-1]
-    if bits == 3:  # eight codes are one 24-bit number
-        wide = _padded(codes, 8).astype(np.uint32)
-        word = (wide << (3 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32)
-        parts = (word[..., None] >> np.array([0, 8, 16], np.uint32)).astype(np.uint8)
-    else:
-        per_byte = 8 // bits
-        wide = _padded(codes, per_byte)
-        parts = np.zeros((*wide.shape[:-1], 1), np.uint8)
-        for i in range(per_byte):
-            parts[..., 0] |= wide[..., i] << (bits * i)
-    flat = parts.reshape(*codes.shape[:-1], -1)
-    return np.ascontiguousarray(flat[..., : (n * bits + 7) // 8])
+    out = np.empty((*codes.shape[:-1], (n * bits + 7) // 8), np.uint8)
+    for a, b in _row_chunks(codes, out):
+        if bits == 3:  # eight codes are one 24-bit number
+            wide = _padded(a, 8)
+            word = np.zeros(wide.shape[:-1], np.uint32)
+            for i in range(8):
+                word |= wide[..., i].astype(np.uint32) << np.uint32(3 * i)
+            parts = np.stack([(word >> np.uint32(s)).astype(np.uint8) for s in (0, 8, 16)], axis=-1)
+        else:
+            wide = _padded(a, 8 // bits)
+            parts = np.zeros((*wide.shape[:-1], 1), np.uint8)
+            for i in range(8 // bits):
+                parts[..., 0] |= wide[..., i] << (bits * i)
+        b[:] = parts.reshape(len(a), -1)[:, : b.shape[1]]
+    return out
 
 
 def unpack(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
@@ -45,13 +51,24 @@ def unpack(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     """
     if bits == 8:
         return packed[..., :n]
-    if bits == 3:
-        wide = _padded(packed, 3).astype(np.uint32)
-        word = wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
-        codes = word[..., None] >> (3 * np.arange(8, dtype=np.uint32)) & 7
-    else:
-        codes = packed[..., None] >> (bits * np.arange(8 // bits, dtype=np.uint8)) & (2**bits - 1)
-    return np.ascontiguousarray(codes.astype(np.uint8).reshape(*packed.shape[:-1], -1)[..., :n])
+    out = np.empty((*packed.shape[:-1], n), np.uint8)
+    for a, b in _row_chunks(packed, out):
+        if bits == 3:
+            wide = _padded(a, 3).astype(np.uint32)
+            word = wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
+            codes = np.stack([(word >> np.uint32(3 * i) & 7).astype(np.uint8) for i in range(8)], axis=-1)
+        else:
+            codes = a[..., None] >> (bits * np.arange(8 // bits, dtype=np.uint8)) & (2**bits - 1)
+        b[:] = codes.reshape(len(a), -1)[:, :n]
+    return out
+
+
+def _row_chunks(source: np.ndarray, target: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of both arrays, some at a time, so that the temporaries stay small beside the arrays."""
+    a, b = source.reshape(-1, source.shape[-1]), target.reshape(-1, target.shape[-1])
+    step = max(1, _CHUNK // max(source.shape[-1], target.shape[-1], 1))
+    for i in range(0, len(a), step):
+        yield a[i : i + step], b[i : i + step]
 
 
 def _padded(a: np.ndarray, unit: int) -> np.ndarray:
@@ -85,11 +102,15 @@ class QTensor:
 
         Raises ValueError for codes out of range or scales that are not finite.
         """
+        if codes.dtype != np.uint8:
+            raise ValueError(f"codes are {codes.dtype}; they must be uint8 (0 .. {scheme.levels - 1}): convert with .astype(np.uint8)")
         if codes.size and int(codes.max()) >= scheme.levels:
             raise ValueError(f"code {int(codes.max())} does not fit {scheme}: codes are 0 .. {scheme.levels - 1}")
+        with np.errstate(over="ignore"):  # answered below
+            scales = np.ascontiguousarray(scales, np.float16)
         if not np.isfinite(scales).all():
             raise ValueError("scales hold NaN or infinity: the weight is outside float16's range; rescale it first")
-        return cls(pack(codes, scheme.bits), np.ascontiguousarray(scales, np.float16), codes.shape, scheme)
+        return cls(pack(codes, scheme.bits), scales, codes.shape, scheme)
 
     def codes(self) -> np.ndarray:
         """The codes, unpacked: uint8 [..., out, in]."""

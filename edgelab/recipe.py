@@ -7,7 +7,7 @@ weight as it is, and so does no match at all. A pattern is a shell glob over the
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 
 from edgelab.scheme import QuantScheme
@@ -38,9 +38,19 @@ class Quantize:
     min_expert_share: float = 1.0
 
     def __post_init__(self) -> None:
+        try:
+            rules = tuple((pattern, scheme) for pattern, scheme in self.rules)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rules={self.rules!r} are no (pattern, scheme) pairs, such as (('*', QuantScheme(4)),)") from error
+        object.__setattr__(self, "rules", rules)
+        share = self.min_expert_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"min_expert_share={share!r} is no share; give a number from 0 to 1")
         if self.method not in ("rtn",):
             raise ValueError(f"method={self.method!r} is not known; use 'rtn'")
-        for pattern, scheme in self.rules:
+        for pattern, scheme in rules:
+            if not isinstance(pattern, str):
+                raise ValueError(f"pattern={pattern!r} is no text; give a glob such as '*.down_proj', or '@role'")
             if pattern.startswith("@") and pattern[1:] not in ROLES:
                 raise ValueError(f"pattern={pattern!r} names no role; roles are {', '.join('@' + r for r in ROLES)}")
             if scheme is not None and not isinstance(scheme, QuantScheme):
@@ -56,8 +66,14 @@ class Quantize:
 
     @classmethod
     def from_dict(cls, d: dict) -> "Quantize":
-        rules = tuple((p, None if s is None else QuantScheme.parse(s)) for p, s in d["rules"])
-        return cls(rules, d["method"], d["min_expert_share"])
+        """Raises ValueError for missing rules, and for what is no (pattern, scheme) pair. The rest has defaults."""
+        if "rules" not in d:
+            raise ValueError(f"a quantize step has no 'rules', only {sorted(d)}")
+        try:
+            rules = tuple((p, None if s is None else QuantScheme.parse(s)) for p, s in d["rules"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rules {d['rules']!r} of a quantize step can't be read: {error}") from error
+        return cls(rules, **{f.name: d[f.name] for f in fields(cls) if f.name != "rules" and f.name in d})
 
 
 Step = Quantize
@@ -97,10 +113,14 @@ class Recipe:
         version = d.get("format") if isinstance(d, dict) else None
         if version != 1:
             raise ValueError(f"recipe format {version!r} is not 1: it was written by another edgelab")
-        for s in d["steps"]:
-            if s.get("step") not in _STEPS:
-                raise ValueError(f"step {s.get('step')!r} is not one of {', '.join(_STEPS)}")
-        return cls(tuple(_STEPS[s["step"]].from_dict(s) for s in d["steps"]))
+        steps = d.get("steps")
+        if not isinstance(steps, list):
+            raise ValueError(f"the recipe has no list of 'steps', only {sorted(d)}")
+        for s in steps:
+            kind = s.get("step") if isinstance(s, dict) else s
+            if not isinstance(kind, str) or kind not in _STEPS:
+                raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}")
+        return cls(tuple(_STEPS[s["step"]].from_dict(s) for s in steps))
 
     @property
     def digest(self) -> str:

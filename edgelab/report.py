@@ -1,6 +1,7 @@
 """`Report`: measured numbers as rows. Every row says of which model, on what text, how sure, and where it comes from."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ class Row:
     def __post_init__(self) -> None:
         if self.provenance not in PROVENANCES:
             raise ValueError(f"provenance={self.provenance!r} is not one of {', '.join(PROVENANCES)}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"low={self.low!r}, high={self.high!r}: an interval has both ends, or give neither")
 
     def text(self, digits: int = 3) -> str:
         """The value with its interval, as it is printed in tables.
@@ -93,23 +96,57 @@ class Report:
         return list(dict.fromkeys(r.model for r in self.rows))
 
     def table(self, digits: Callable[[Row], int] | int = 3) -> list[dict[str, str]]:
-        """One dict per (metric, slice) with a column per model: what the CLI, the notebooks and the page print."""
-        lines: dict[tuple[str, str], dict[str, str]] = {}
+        """One dict per (metric, slice, provenance) with a column per model: what the CLI, the notebooks and the page print.
+
+        Where rows of several provenances meet, the metric's name says which is which. Raises ValueError for two rows
+        of the same model in one cell.
+        """
+        several = len({r.provenance for r in self.rows}) > 1
+        lines: dict[tuple[str, str, str], dict[str, str]] = {}
+        filled = set()
         for r in self.rows:
-            line = lines.setdefault((r.metric, r.slice), {"metric": r.metric, "on": r.slice, "unit": r.unit})
+            key = (r.metric, r.slice, r.provenance)
+            if (key, r.model) in filled:
+                raise ValueError(
+                    f"two rows say what {r.metric} of {r.model!r} is on {r.slice!r} ({r.provenance}); "
+                    "a table has one cell for them: select with report.where(...), or give one model another name"
+                )
+            filled.add((key, r.model))
+            label = f"{r.metric} ({r.provenance})" if several else r.metric
+            line = lines.setdefault(key, {"metric": label, "on": r.slice, "unit": r.unit})
             line[r.model] = r.text(digits(r) if callable(digits) else digits)
         return list(lines.values())
 
     def to_json(self) -> str:
-        return json.dumps({"format": 1, "rows": [asdict(r) for r in self.rows]}, indent=1)
+        """The rows as JSON. A value that is NaN or infinite becomes null (JSON knows neither) and comes back as NaN."""
+
+        def plain(row: Row) -> dict:
+            d = asdict(row)
+            if not math.isfinite(row.value):
+                d["value"] = None
+            if row.low is not None and not (math.isfinite(row.low) and math.isfinite(row.high)):
+                d["low"] = d["high"] = None
+            return d
+
+        return json.dumps({"format": 1, "rows": [plain(r) for r in self.rows]}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
+        """Raises ValueError for what is no report of this format, naming the first row that can't be read."""
         d = json.loads(text)
-        if d.get("format") != 1:
-            raise ValueError(f"report format {d.get('format')!r} is not 1: it was written by another edgelab")
-        known = {f.name for f in fields(Row)}
-        return cls(tuple(Row(**{k: v for k, v in r.items() if k in known}) for r in d["rows"]))
+        version = d.get("format") if isinstance(d, dict) else None
+        if version != 1:
+            raise ValueError(f"report format {version!r} is not 1: it was written by another edgelab")
+        if not isinstance(d.get("rows"), list):
+            raise ValueError(f"the report has no list of 'rows', only {sorted(d)}")
+        known, rows = {f.name for f in fields(Row)}, []
+        for i, r in enumerate(d["rows"]):
+            absent = [k for k in ("model", "metric", "value") if not isinstance(r, dict) or k not in r]
+            if absent:
+                raise ValueError(f"row {i} of the report has no {absent[0]!r}: {r!r}")
+            row = {k: v for k, v in r.items() if k in known}
+            rows.append(Row(**(row | {"value": math.nan if r["value"] is None else r["value"]})))
+        return cls(tuple(rows))
 
     def _repr_html_(self) -> str:
         from html import escape

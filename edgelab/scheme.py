@@ -10,12 +10,21 @@ range, -2**(bits-1) .. 2**(bits-1) - 1. `QuantScheme(4, PerGroup(32))` is exactl
 `MatMulNBits` with block 32, so the same codes go to each of them without being quantized again.
 """
 
+import operator
 import re
 from dataclasses import dataclass, field
 from math import prod
 
 BITS = (2, 3, 4, 8)
 SCALE_BYTES = 2  # float16
+
+
+def _integer(value) -> int | None:
+    """`value` as an int when it is one, of Python or of NumPy; None for 4.0, "4" and the like."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,10 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 8 or self.size % 8:
+        size = _integer(self.size)
+        if size is None or size < 8 or size % 8:
             raise ValueError(f"group_size={self.size!r} must be a positive multiple of 8; use 32, 64 or 128")
+        object.__setattr__(self, "size", size)
 
     def __str__(self) -> str:
         return f"g{self.size}"
@@ -69,8 +80,10 @@ class QuantScheme:
     codebook: str = "int"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        bits = _integer(self.bits)
+        if bits not in BITS:
             raise ValueError(f"bits={self.bits!r} is not one of {BITS}")
+        object.__setattr__(self, "bits", bits)
         if not isinstance(self.granularity, Granularity):
             raise ValueError(f"granularity={self.granularity!r} is not PerTensor(), PerChannel() or PerGroup(n)")
         if self.codebook != "int":

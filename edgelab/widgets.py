@@ -100,8 +100,8 @@ class BitsControl:
                     "text": [f"{r.model}: {words.shown(r)}" for r in rows],
                     "marker": {
                         "size": [15 if r.model == name else 8 for r in rows],
-                        "color": plots.OKABE_ITO[i],
-                        "symbol": plots.SYMBOLS[i],
+                        "color": plots.OKABE_ITO[i % len(plots.OKABE_ITO)],
+                        "symbol": plots.SYMBOLS[i % len(plots.SYMBOLS)],
                     },
                 }
                 if i < len(self.figure.data):

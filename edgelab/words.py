@@ -25,6 +25,10 @@ class Metric:
     style: str = "number"
 
 
+# what the brackets are, and what a size beside them counts: said wherever a table of measurements stands
+INTERVALS = "paired bootstrap over sources (documents; the pieces of a long one together); of tokens per second over its repetitions"
+ORIGINAL_SIZE = "The size of fp is that of its bfloat16 file; the model itself runs in float32 here, and so does its speed."
+
 METRICS = {
     "weight_bytes": Metric(
         "size", "weights, MB", 2, "lower", "bytes of all parameters as stored, scales counted (MB of 10^6)", "megabytes"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_model import CONFIGS, IDS, SmallConvNet, tiny
 
 import edgelab.hf
@@ -18,7 +19,7 @@ from edgelab import Quantize, QuantScheme, Recipe, Report, Row, layers
 from edgelab import bundle as bundles
 from edgelab.bundle import MANIFEST, coverage_of, load_bundle, read_manifest, save_bundle, verify_bundle
 from edgelab.compress import compress
-from edgelab.model import load, load_tokenizer, quantized, stored_tensors
+from edgelab.model import dequantize, load, load_tokenizer, quantized, stored_tensors
 
 EDGE_MOE = Path(__file__).parents[1] / "data" / "edge-moe"
 
@@ -288,7 +289,7 @@ def test_strange_files_are_found(copied):
         verify_bundle(copied)
 
 
-@pytest.mark.parametrize("name", ["../secret", "..", "a/../../b", "/etc/passwd", "sub/file", "..\\secret", "C:\\x", ""])
+@pytest.mark.parametrize("name", ["../secret", "..", "a/../../b", "/etc/passwd", "sub//file", "./file", "..\\secret", "C:\\x", ""])
 def test_paths_that_leave_the_bundle_are_refused(copied, name):
     edit(copied, files={name: {"bytes": 1, "sha256": "0"}})
     for door in (read_manifest, verify_bundle, load_bundle):
@@ -336,3 +337,62 @@ def test_quantizing_while_loading_points_to_compress(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"load the model, then edgelab.compress\(model, recipe\)"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=edgelab.hf.EdgeLabConfig())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_dequantized_model_is_saved_as_a_plain_one(tmp_path, tied):
+    model = compress(tiny("qwen3" if tied else "llama"), Recipe.uniform("int4-g32"), progress=False).model
+    dequantize(model)
+    model.save_pretrained(tmp_path / "plain")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(back), logits(model)) and not quantized(back)
+
+
+def test_missing_codes_are_named_by_plain_from_pretrained(copied):
+    chunk = next(copied.glob("*.safetensors"))
+    with safe_open(chunk, "pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no dict)
+    gone = next(k for k in tensors if k.endswith("scales"))
+    del tensors[gone]
+    save_file(tensors, chunk, {"format": "pt"})
+    with pytest.raises(ValueError, match=gone):
+        transformers.AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_a_stray_weight_file_is_not_loaded(copied):
+    shutil.copy(next(copied.glob("*.safetensors")), copied / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is not in the manifest"):
+        load_bundle(copied)
+
+
+@pytest.mark.parametrize("entry", [{}, 5, {"bytes": "1", "sha256": "0"}, {"bytes": 1, "sha256": None}, {"bytes": True, "sha256": "0"}])
+def test_a_damaged_entry_is_named(copied, entry):
+    edit(copied, files={"config.json": entry})
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_bundle(copied)
+
+
+def test_several_chat_templates(tmp_path):
+    tokenizer = load_tokenizer(EDGE_MOE)
+    tokenizer.chat_template = {"default": "x", "tool_use": "y"}
+    _, out = saved(tiny("llama"), tmp_path / "b", tokenizer=tokenizer)
+    assert verify_bundle(out) and load_tokenizer(out).chat_template == {"default": "x", "tool_use": "y"}
+    inner = next(n for n in read_manifest(out)["files"] if "/" in n)
+    (out / inner).write_text("z")
+    with pytest.raises(ValueError, match="was changed"):
+        verify_bundle(out)
+
+
+def test_models_that_read_the_weights_of_their_layers(tmp_path):
+    small = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small)).eval()
+    c, out = saved(gpt2, tmp_path / "gpt2")
+    assert torch.equal(logits(load_bundle(out)), logits(c.model))
+    old, new = gpt2.transformer.h[0].attn.c_attn.weight, c.model.transformer.h[0].attn.c_attn.weight
+    assert new.shape == old.shape == (32, 96) and (new - old).norm() < 0.2 * old.norm()
+    config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    c, out = saved(transformers.T5ForConditionalGeneration(config).eval(), tmp_path / "t5", Recipe.uniform("int8-row"))
+    with torch.no_grad():
+        a, b = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (c.model, load_bundle(out)))
+    assert torch.equal(a, b) and a.isfinite().all()

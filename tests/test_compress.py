@@ -240,3 +240,38 @@ def test_deepcopy_of_a_compressed_model():
     c = compress(tiny("deepseek_v3"), Recipe.uniform("int4-g32"), progress=False)
     assert torch.equal(copy.deepcopy(c.model)(IDS).logits, c.model(IDS).logits)
     assert not weights(c.model)[0].tensor.is_meta  # what is left: the routers
+
+
+def test_the_number_of_walks_does_not_depend_on_the_number_of_layers(monkeypatch):
+    import edgelab.model
+
+    calls = []
+    for name in ("_places", "_forget_ties", "_head_name"):
+        original = getattr(edgelab.model, name)
+        monkeypatch.setattr(edgelab.model, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
+    counts = []
+    for n in (3, 9):
+        calls.clear()
+        result = compress(nn.Sequential(*(nn.Linear(8, 8) for _ in range(n))), Recipe.uniform("int8-row"), progress=False).model
+        edgelab.model.dequantize(result)
+        counts.append(sorted(calls))
+    assert counts[0] == counts[1] and counts[0].count("_forget_ties") == 1 and counts[0].count("_places") == 2
+
+
+def test_a_rule_for_all_that_reaches_little_warns_with_reasons():
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.warns(UserWarning, match=r"quantized only .*FalconLinear computes with its weight in a way of its own"):
+        coverage = compress(transformers.FalconForCausalLM(config), Recipe.uniform("int8-row"), progress=False).coverage
+    assert all(r.note for r in coverage if r.parameters and not r.touched and len(r.shape) >= 2)
+
+
+@pytest.mark.filterwarnings("ignore:the rule")
+def test_a_head_tied_to_an_embedding_of_another_kind_is_left_with_it():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, head_dim=16
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    coverage = compress(model, Recipe.uniform("int4-g32"), progress=False).coverage
+    assert coverage.parameters == sum(p.numel() for p in model.parameters())
+    row = next(r for r in coverage if r.name == "model.embed_tokens.weight")
+    assert not row.touched and "Gemma3TextScaledWordEmbedding" in row.note

@@ -1,5 +1,6 @@
 """The corpus: splits, duplicates, generators, fingerprint; and text of the reader's own in its place."""
 
+import builtins
 import hashlib
 import json
 from collections import Counter
@@ -72,6 +73,15 @@ def test_assistant_answers_are_calls_and_arithmetic_is_right(generated):
 def test_the_corpus_is_the_same_each_time(generated):
     again = data.corpus(("assistant", "arithmetic"), assistant=3000)
     assert data.fingerprint(again) == data.fingerprint(generated)
+
+
+def test_what_a_notebook_puts_into_builtins_is_not_in_the_corpus(monkeypatch):
+    """IPython adds `display` and `__IPYTHON__`, a prompt `_`: the same machine must give the same text in each of them."""
+    alone = data.fingerprint(data.corpus(("prose",)))
+    for name, value in {"display": "x" * 300, "__IPYTHON__": True, "_": len, "get_ipython": lambda: None}.items():
+        monkeypatch.setattr(builtins, name, value, raising=False)
+    builtins.get_ipython.__doc__ = "A long docstring of somebody else's. " * 20
+    assert data.fingerprint(data.corpus(("prose",))) == alone
 
 
 def test_the_fingerprint_sees_text_order_and_split(generated):

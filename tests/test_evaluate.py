@@ -32,6 +32,7 @@ from edgelab.evaluate import (
     specialisation,
     speed,
     summarise,
+    weigh,
     windows,
 )
 from edgelab.metrics.kl_divergence.kl_divergence import percentile
@@ -213,6 +214,17 @@ def test_padding_is_routed_nowhere(moe, tokenizer, rows):
     assert (counts.sum(-1) == 2 * np.array([[len(d.ids) - 1] for d in docs])).all()
 
 
+def test_expert_counts_sum_the_pieces_of_a_source(moe, tokenizer, rows):
+    """So that `specialisation` deals whole sources to domains."""
+    pieces = rows.map(lambda r: {"id": f"{r['domain']}:{int(len(r['text']) % 2)}#{r['id']}"})
+    each, _ = expert_counts(moe, tokenizer, rows, context=64, progress=False)
+    counts, domains = expert_counts(moe, tokenizer, pieces, context=64, progress=False)
+    sources = {(d.domain, d.source) for d in documents(pieces, tokenizer)}
+    assert len(counts) == len(domains) == len(sources) < len(each) == len(rows)
+    assert Counter(domains) == Counter(d for d, _ in sources)
+    np.testing.assert_array_equal(counts.sum(0), each.sum(0))
+
+
 def test_router_overlap_by_hand(moe, tokenizer, rows):
     """The selection bias forces experts {0, 1} on the one and {0, 2} on the other: half of them in common."""
     models = {"fp": copy.deepcopy(moe), "b": copy.deepcopy(moe)}
@@ -352,6 +364,16 @@ def test_the_resampled_percentile_equals_brute_force(n_docs):
     np.testing.assert_array_equal(_resampled_percentile(values, lengths, w), np.array(want, np.float32))
 
 
+def test_the_resampled_percentile_takes_whole_sources():
+    """Pieces of a source need not lie together: each draw of a source brings all its tokens."""
+    rng = np.random.default_rng(0)
+    lengths, source = rng.integers(1, 60, 40), rng.permutation(np.arange(40) % 12)
+    values = rng.lognormal(-3, 2, lengths.sum()).astype(np.float32)
+    owner = source[np.repeat(np.arange(40), lengths)]
+    want = [percentile(np.repeat(values, row.astype(int)[owner])) for row in draws(12, 50, 0)]
+    np.testing.assert_array_equal(_resampled_percentile(values, lengths, weigh(source, 50, 0)), np.array(want, np.float32))
+
+
 def test_binning_a_long_tail_moves_the_percentile_by_less_than_a_bin():
     rng = np.random.default_rng(0)
     lengths = np.full(100, 1000)
@@ -361,12 +383,64 @@ def test_binning_a_long_tail_moves_the_percentile_by_less_than_a_bin():
 
 
 def test_a_perfect_share_is_not_certain():
-    w = draws(300, 100, 0)
-    low, high = _share_interval(np.ones(300, bool), w)
+    w, each, own = draws(300, 100, 0), np.ones(300), np.arange(300)
+    low, high = _share_interval(np.ones(300, bool), each, own, w)
     assert high == 1 and low == pytest.approx(0.9878, abs=1e-4)  # Clopper-Pearson, 300 of 300
-    assert _share_interval(np.zeros(300, bool), w) == pytest.approx((0, 1 - 0.9878), abs=1e-4)
-    low, high = _share_interval(np.arange(300) < 30, w)
+    assert _share_interval(np.zeros(300, bool), each, own, w) == pytest.approx((0, 1 - 0.9878), abs=1e-4)
+    low, high = _share_interval(own < 30, each, own, w)
     assert 0.05 < low < 0.1 < high < 0.15
+    # 300 documents of 30 sources are 30 trials, whatever the tokens
+    assert _share_interval(7 * each, 7 * each, own // 10, w) == pytest.approx((0.025 ** (1 / 30), 1))
+
+
+def test_perfect_agreement_is_not_certain(moe, tokenizer, rows):
+    report = summarise(run({"fp": moe, "same": copy.deepcopy(moe)}, tokenizer, rows, context=64))
+    for metric in ("same_top", "router_overlap"):
+        r = report.get(model="same", metric=metric, slice="arithmetic")
+        assert (r.value, r.high, r.n) == (1, 1, 18) and r.low == pytest.approx(0.025 ** (1 / 18))
+
+
+def test_the_interval_covers_the_truth_when_documents_are_pieces_of_sources():
+    """Pieces of one source share its level. Drawn one by one they claim twice the evidence that there is."""
+    rng, worlds, n, pieces = np.random.default_rng(0), 200, 60, 8
+    source = np.repeat(np.arange(n), pieces)
+    inside = {"sources": 0, "pieces": 0}
+    for world in range(worlds):
+        tokens = rng.integers(20, 100, n * pieces)
+        nll = tokens * (2.0 + rng.normal(0, 0.4, n)[source] + rng.normal(0, 0.2, n * pieces))
+        for name, s in (("sources", source), ("pieces", None)):
+            fp = Scores(tokens, 3 * tokens, np.zeros(n * pieces), nll, source=s)
+            measured = Measured({"fp": {"text": fp}, "q": {"text": Scores(tokens, 3 * tokens, nll, nll, source=s)}}, "fp", "c", 512, 256)
+            r = compare(measured, "fp", "q", resamples=300, seed=world).rows[0]
+            assert r.n == (n if name == "sources" else n * pieces)
+            inside[name] += r.low <= 2.0 <= r.high
+    assert inside["sources"] / worlds >= 0.89  # binomial: 0.95 less 3 standard errors and what n = 60 costs
+    assert inside["pieces"] / worlds < 0.8  # the test can tell
+
+
+def test_pieces_of_a_source_come_together_and_count_as_one(tokenizer):
+    # seven sources of three pieces, two rows without '#'
+    ids = [f"s{i // 3}#{i % 3}" for i in range(21)] + ["whole", "other"]
+    data = Dataset.from_dict({"id": ids, "text": [f"{PROSE[i % 6]}{i}" for i in range(23)]})
+    everything = documents(data, tokenizer)
+    assert Counter(Counter(d.source for d in everything).values()) == {3: 7, 1: 2}
+    for cap in range(1, 24):
+        docs = documents(data, tokenizer, cap)
+        assert len(docs) == cap and [d.source for d in docs] == [d.source for d in everything[:cap]]
+        cut = [s for s, k in Counter(d.source for d in docs).items() if k < (3 if s.startswith("s") else 1)]
+        assert cut in ([], [docs[-1].source])
+    r = summarise(run({"fp": Bigram(320, 1.0)}, tokenizer, data)).get(metric="perplexity")
+    assert r.n == 9 and "9 sources (23 documents)" in r.note and r.low < r.value < r.high
+    one = summarise(run({"fp": Bigram(320, 1.0)}, tokenizer, data.select(range(3)))).get(metric="perplexity")
+    assert one.n == 1 and one.low is None is one.high  # nothing to resample
+    without = summarise(run({"fp": Bigram(320, 1.0)}, tokenizer, data.remove_columns("id"))).get(metric="perplexity")
+    assert without.n == 23 and without.value == pytest.approx(r.value)
+
+
+def test_summing_by_source_is_weighing_by_source():
+    rng = np.random.default_rng(0)
+    source, x = rng.permutation(np.arange(40) % 9), rng.normal(size=40)
+    np.testing.assert_allclose(weigh(source, 20, 3) @ x, draws(9, 20, 3) @ np.bincount(source, weights=x))
 
 
 def test_the_seed_decides(moe, tokenizer, rows):
@@ -427,6 +501,9 @@ def test_speed_is_measured_for_every_model(moe):
     assert len(report) == 4
     for r in report:
         assert 0 < r.low <= r.value <= r.high and r.n == 3 and "torch" in r.note and "threads" in r.note
+        assert "float32; median of 3 repetitions" in r.note
+    half = speed({"fp": tiny_dense().bfloat16()}, prompt=4, decode=3, prefill=8, repetitions=2)
+    assert all("; bfloat16; " in r.note for r in half)
     assert "reading 256 tokens" in report.get(model="fp", metric="prefill_tokens_per_s").note  # the model's positions
 
 
@@ -439,6 +516,16 @@ def test_a_subset_does_not_depend_on_the_order_of_the_rows(tokenizer, rows):
 
     assert len(chosen(rows)) == 6 and chosen(rows) == chosen(rows.shuffle(seed=5))
     assert chosen(rows) < {tuple(d.ids) for d in documents(rows, tokenizer)}
+
+
+def test_text_must_be_prompt_and_answer(tokenizer):
+    data = {"text": ["1+1=2", "1+2=4"], "prompt": ["1+1=", "1+2="], "answer": ["2", "3"], "id": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"row 1 \(id 'b'\) has an answer, but its text '1\+2=4' is not prompt \+ answer '1\+2=3'"):
+        documents(Dataset.from_dict(data), tokenizer)
+    data = {"text": ["2", "1+2=3", "free"], "prompt": [None, "1+2=", None], "answer": ["2", "3", None]}
+    docs = {d.n_bytes: d for d in documents(Dataset.from_dict(data), tokenizer)}
+    assert {k: (d.first, d.answer) for k, d in docs.items()} == {1: (docs[1].first, True), 4: (1, False)}
+    assert sorted(d.n_bytes for d in documents(Dataset.from_dict(data), tokenizer)) == [1, 1, 4]
 
 
 def test_text_alone_is_enough(tokenizer):
@@ -466,6 +553,7 @@ def test_models_come_back_as_they_were(moe, tokenizer, rows):
         ({"models": {}}, ValueError, "models is empty"),
         ({"baseline": "bf16"}, ValueError, "baseline='bf16' is not one of the models fp"),
         ({"models": {"fp": Bigram(200, 1.0)}}, ValueError, "outside the vocabulary of model 'fp' .200."),
+        ({"models": {"fp": Bigram(320, 1.0), "b": Bigram(400, 1.0)}}, ValueError, "different sizes .'fp' 320, 'b' 400."),
         ({"models": {"fp": Bigram(320, math.nan)}}, FloatingPointError, "model 'fp' returned NaN"),
     ],
 )

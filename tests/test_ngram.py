@@ -85,6 +85,18 @@ def test_bits_per_byte_on_scored_text_only():
     assert answer.value == pytest.approx(-math.log2(float(model.prob(np.array(one), np.array(equals), np.array(two)))), rel=1e-9)
 
 
+def test_the_interval_is_over_sources():
+    texts = [f"the {w} of the {v} is here\n" for w in ("name", "list", "key", "loop") for v in ("file", "line", "test", "word")]
+    tokenizer = train_tokenizer(texts, 300)
+    train = Dataset.from_dict({"text": texts[:9]})
+    pieces = Dataset.from_dict({"text": texts, "id": [f"{i // 4}#{i % 4}" for i in range(16)]})
+    whole, single = baseline(train, pieces, tokenizer).rows[0], baseline(train, pieces.remove_columns("id"), tokenizer).rows[0]
+    assert (whole.n, single.n) == (4, 16) and whole.value == pytest.approx(single.value)
+    assert "4 sources (16 documents)" in whole.note and whole.high - whole.low > single.high - single.low
+    one = baseline(train, pieces.select(range(4)), tokenizer).rows[0]
+    assert one.n == 1 and one.low is None is one.high
+
+
 @pytest.mark.parametrize(
     ("docs", "vocab", "text"),
     [([], 10, "no tokens to train on"), ([[0]], 10, "no tokens"), ([[0, 12]], 10, "token 12 is outside"), ([[0, 1]], 2**22, "too large")],

@@ -63,6 +63,18 @@ def test_build_writes_a_notebook_that_check_accepts_until_either_side_changes(co
     assert build.check(source, folder) == ["00_a.ipynb, cell 0: not what 00_a.py says"]
 
 
+def test_a_stored_notebook_holds_no_progress_bar(course):
+    folder, add = course
+    text = "# %%\nfrom transformers.utils import logging\n\nfor _ in logging.tqdm(range(3), desc='Loading weights'):\n    pass\n"
+    assert "Loading weights" not in str(nbformat.read(build.build(add("00_a", text), folder), as_version=4).cells[0].outputs)
+
+
+@pytest.mark.parametrize("stored", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_stored_outputs_hold_no_progress_bar(stored):
+    outputs = "".join(str(cell.get("outputs", "")) for cell in nbformat.read(stored, as_version=4).cells)
+    assert "Loading weights" not in outputs and "it/s]" not in outputs
+
+
 def test_a_failing_cell_stops_the_build(course):
     folder, add = course
     source = add("00_a", "# %%\nassert 1 + 1 == 3, 'sums'\n")

@@ -1,6 +1,7 @@
 """The training of the embedded models, on a corpus and a model that train in seconds."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -102,3 +103,12 @@ def test_training_lowers_the_loss(corpus, tmp_path):
 def test_unknown_kind_names_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="kind='tiny' is not one of moe, dense"):
         pretrain.pretrain("tiny", tmp_path / "m", tmp_path / "w")
+
+
+def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path):
+    common = {"config": small_moe, "corpus": corpus, "compile": False}
+    pretrain.pretrain("moe", tmp_path / "m", tmp_path / "w", settings=SMALL, stop_after=3, **common)
+    with pytest.raises(ValueError, match=r"is of another run \(peak_lr 0.001 -> 0.002\); delete it to start anew"):
+        pretrain.pretrain("moe", tmp_path / "m", tmp_path / "w", settings=replace(SMALL, peak_lr=2e-3), **common)
+    with pytest.raises(ValueError, match=r"has 3 steps behind it, tokens=128 asks for 1; ask for more"):
+        pretrain.pretrain("moe", tmp_path / "m", tmp_path / "w", settings=replace(SMALL, tokens=128), **common)

@@ -270,6 +270,11 @@ def test_makefile_and_readme_name_real_extras_and_targets():
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
+def test_make_clean_leaves_what_is_the_users():
+    (recipe,) = re.findall(r"^clean:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert not re.search(r"\bruns\b|\bdata\b|VENV", recipe)
+
+
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -341,6 +346,7 @@ def test_the_wheel_carries_its_data(tmp_path):
     site = str(tmp_path / "site")
     said = python("from edgelab import manifest, paths; print(paths.data_dir(), manifest.check())", PYTHONPATH=site)
     assert said == f"{Path(site, 'edgelab', '_data').resolve()} []"
+    assert python("from edgelab import doctor; print(doctor.constraints()['torch'])", PYTHONPATH=site) == str(pins()["torch"])
     (entry_points,) = Path(site).glob("*.dist-info/entry_points.txt")
     assert "edgelab = edgelab.cli:app" in entry_points.read_text(encoding="utf-8")
     assert list(Path(site).glob("*.dist-info/licenses/LICENSE"))

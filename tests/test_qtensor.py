@@ -85,3 +85,10 @@ def test_errors_say_what_is_needed():
         QTensor(np.zeros((1, 15), np.uint8), np.ones((1, 1), np.float16), (1, 32), s)
     with pytest.raises(ValueError, match=r"scales are float32 \(1, 1\); .* needs float16 \(1, 1\)"):
         QTensor(np.zeros((1, 16), np.uint8), np.ones((1, 1), np.float32), (1, 32), s)
+
+
+def test_codes_of_another_type_and_scales_beyond_float16_are_refused():
+    with pytest.raises(ValueError, match="codes are int64"):
+        QTensor.from_codes(np.array([[-1, 3]]), np.array([[1.0]]), QuantScheme.parse("int8-row"))
+    with pytest.raises(ValueError, match="scales hold NaN or infinity"):
+        QTensor.from_codes(np.array([[1, 3]], np.uint8), np.array([[1e6]]), QuantScheme.parse("int4-row"))

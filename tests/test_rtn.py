@@ -176,3 +176,8 @@ def test_a_stack_is_quantized_expert_by_expert_and_views_are_fine(monkeypatch):
 def test_errors_name_the_value_and_the_way_out(weight, scheme, message):
     with pytest.raises(ValueError, match=message):
         round_to_nearest(weight, QuantScheme.parse(scheme))
+
+
+def test_scales_below_float16_are_warned_of():
+    with pytest.warns(UserWarning, match="layer.x: 4 of 4 groups are so small"):
+        round_to_nearest(torch.randn(4, 64) * 1e-7, QuantScheme.parse("int8-row"), name="layer.x")

@@ -61,3 +61,13 @@ def test_bits_per_weight_by_hand(text, bits_per_weight):
 def test_errors_name_the_value_and_the_way_out(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_integers_of_any_kind_and_nothing_else():
+    import numpy as np
+
+    scheme = QuantScheme(np.int64(4), PerGroup(np.int64(32)))
+    assert str(scheme) == "int4-g32" and type(scheme.bits) is int and type(scheme.granularity.size) is int
+    for wrong in (4.0, "4", None):
+        with pytest.raises(ValueError, match="bits="):
+            QuantScheme(wrong)

@@ -44,6 +44,16 @@ def test_each_choice_is_measured_once_and_drawn():
     assert [t.name for t in control.static().data] == ["prose", "code"]
 
 
+def test_more_domains_than_colours_are_drawn():
+    domains = [f"domain {i}" for i in range(12)]
+
+    def measure(scheme):
+        rows = [Row("fp", "weight_bytes", 1.6e7), Row(str(scheme), "weight_bytes", 4e6), Row(str(scheme), "bits_per_weight", 4.5)]
+        return Report((*rows, *(Row(str(scheme), "kld", 0.1, slice=d, low=0.05, high=0.2) for d in domains)))
+
+    assert [t.name for t in BitsControl(measure).figure.data] == domains
+
+
 def test_inputs_stand_for_the_scheme():
     control = BitsControl(fake([]), "int8-row")
     assert control.scheme == QuantScheme(8, PerChannel()) and control.group_size.disabled

@@ -9,6 +9,8 @@ a code, which is dear at 2 and 3 bits. The price: a weight near -m lies outside 
 is rounded to float16, as it will be stored, before the codes are computed, so they are the best ones for it.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,15 +18,18 @@ from torch import Tensor
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerChannel, PerGroup, QuantScheme
 
-_CHUNK = 1 << 22  # weights at a time: bounds the temporaries (about 6 float32 copies) to some 100 MB
+# weights at a time: bounds the temporaries (about 6 float32 copies) to some 100 MB, or to 6 copies of what shares one
+# scale when that is more (a whole matrix for PerTensor)
+_CHUNK = 1 << 22
 
 
-def round_to_nearest(weight: Tensor, scheme: QuantScheme, *, mse_grid: int = 0) -> QTensor:
+def round_to_nearest(weight: Tensor, scheme: QuantScheme, *, mse_grid: int = 0, name: str = "weight") -> QTensor:
     """The `QTensor` of `weight` [out, in] or [experts, out, in] (any float dtype, any device), rounded to nearest.
 
     `mse_grid` n > 0 also tries n scales from 0.4 to 1.1 times the signed-maximum one, each with both signs, and keeps
     per scale the one of least squared error. Raises ValueError for a weight that holds NaN or infinity, is no float
-    matrix or stack of them, is too large for float16 scales, or whose inputs the group size does not divide.
+    matrix or stack of them, is too large for float16 scales, or whose inputs the group size does not divide. Warns, with
+    the weight's `name`, of groups so small that float16 can't hold their scale well (by half a step, or at all).
 
     >>> q = round_to_nearest(torch.tensor([[-4.0, 1.0, 3.4, 0.2]]), QuantScheme.parse("int4-row"))
     >>> q.scales, q.codes()
@@ -45,10 +50,23 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, *, mse_grid: int = 0) 
     else:
         unit = shape[-1] if isinstance(scheme.granularity, PerChannel) else shape[-1] * shape[-2]
     rows = weight.detach().reshape(-1, unit)  # one scale each
+    _warn_of_small_scales(rows, scheme, name)
     parts = [_fit(chunk.float(), scheme, mse_grid) for chunk in rows.split(max(1, _CHUNK // unit))]
     codes = np.concatenate([c for c, _ in parts]).reshape(shape)
     scales = np.concatenate([s for _, s in parts]).reshape(scales_shape)
     return QTensor.from_codes(codes, scales, scheme)
+
+
+def _warn_of_small_scales(rows: Tensor, scheme: QuantScheme, name: str) -> None:
+    low, high = rows.aminmax(dim=1)
+    exact = torch.maximum(-low, high).double() / scheme.zero_point
+    small = (exact.half().double() - exact).abs() * scheme.levels > exact  # false where float16 overflows: _fit raises
+    if small.any() and torch.isfinite(exact.half()).all():
+        warnings.warn(
+            f"{name}: {int(small.sum())} of {len(exact)} groups are so small (largest weight {float(exact[small].max()) * scheme.zero_point:.3g} at most) that "
+            "float16 can't hold their scale: they lose precision or become zero; rescale the weight or keep it with a rule (pattern, None)",
+            stacklevel=3,
+        )
 
 
 def _fit(w: Tensor, scheme: QuantScheme, mse_grid: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ shutil.rmtree(out, ignore_errors=True)  # so that a second run starts like the f
 out.mkdir(parents=True)
 model, tokenizer = load(model_dir), load_tokenizer(model_dir)
 test = data.corpus()["test"]
-print(f"{type(model).__name__}, {audit(model).parameters:,} parameters; {len(test):,} test documents, fingerprint {data.fingerprint(test)}")
+print(f"{type(model).__name__}, {audit(model).parameters:,} parameters; {len(test):,} test documents, test split {data.fingerprint(test)}")
 
 # %% [markdown]
 # ## 1. Walk the weights
@@ -131,7 +131,7 @@ sizes = {"fp": sum(f.stat().st_size for f in Path(model_dir).glob("*.safetensors
 sizes |= {name: c.coverage.predicted_bytes for name, c in compressed.items()}
 report = evaluate(models, tokenizer, test, max_docs=documents, seed=seed, bootstrap=1000, sizes=sizes, progress=False)
 wanted = ["weight_bytes", "bits_per_weight", "bits_per_byte", "kld", "kld_p99", "same_top", "exact_match", "flips", "router_overlap"]
-display(Markdown(words.markdown(words.table(report, wanted))))
+display(Markdown(words.markdown(words.table(report, wanted)) + f"\n\n{words.ORIGINAL_SIZE}"))
 
 # %%
 sentence = words.say_by_domain(report, "kld")
@@ -219,7 +219,7 @@ print(f"{exported.weights_quantized:,} weights in low bits, counted in the file;
 #
 # **Predict.** Which costs more on prose: going from groups of 32 to groups of 128, or from 4 bits to 3?
 #
-# Every choice is compressed and measured anew (a few seconds), then kept. A group size that does not divide a weight's
+# Every choice is compressed and measured anew, then kept. A group size that does not divide a weight's
 # inputs is refused: try 48.
 
 # %%
