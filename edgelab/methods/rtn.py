@@ -63,7 +63,8 @@ def _warn_of_small_scales(rows: Tensor, scheme: QuantScheme, name: str) -> None:
     small = (exact.half().double() - exact).abs() * scheme.levels > exact  # false where float16 overflows: _fit raises
     if small.any() and torch.isfinite(exact.half()).all():
         warnings.warn(
-            f"{name}: {int(small.sum())} of {len(exact)} groups are so small (largest weight {float(exact[small].max()) * scheme.zero_point:.3g} at most) that "
+            f"{name}: {int(small.sum())} of {len(exact)} groups are so small "
+            f"(largest weight {float(exact[small].max()) * scheme.zero_point:.3g}) that "
             "float16 can't hold their scale: they lose precision or become zero; rescale the weight or keep it with a rule (pattern, None)",
             stacklevel=3,
         )
