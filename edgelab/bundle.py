@@ -161,10 +161,15 @@ def _check_sizes(bundle: Path) -> dict:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise ValueError(f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}; copy it again")
+    refuse_strangers(bundle, manifest)
+    return manifest
+
+
+def refuse_strangers(bundle: Path, manifest: dict) -> None:
+    """Raises ValueError for a file that the manifest does not list: transformers would read a stray model.safetensors."""
     strange = sorted(set(_files(bundle)) - set(manifest["files"]) - {MANIFEST})
     if strange:
         raise ValueError(f"{bundle / strange[0]} is not in the manifest: it was added later; remove it")
-    return manifest
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -482,6 +482,10 @@ def load(name_or_dir: str | Path, *, dtype: torch.dtype = torch.float32, auto=No
 
     if _is_local(name_or_dir):
         check_directory(Path(name_or_dir))
+        if (Path(name_or_dir) / "edgelab.json").is_file():
+            from edgelab.bundle import read_manifest, refuse_strangers  # bundle imports this module, so not at the top
+
+            refuse_strangers(Path(name_or_dir), read_manifest(name_or_dir))
         config = json.loads((Path(name_or_dir) / "config.json").read_text())
         if config.get("model_type") not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
             raise ValueError(
