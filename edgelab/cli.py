@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edgelab import __version__, words
@@ -236,7 +237,7 @@ def _print_table(rows: list[dict[str, str]], title: str, *, right: Iterable[str]
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(row.get(c, "") for c in columns))
+        table.add_row(*(escape(row.get(c, "")) for c in columns))  # or rich would read [lab] as markup
     out_console.print(table, markup=False) if out_console.is_terminal else Console(width=200, highlight=False).print(table)
     out_console.print()
 

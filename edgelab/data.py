@@ -21,6 +21,8 @@ import ast
 import hashlib
 import json
 import random
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -122,27 +124,33 @@ def _read_module(path: Path, root: Path) -> Iterator[tuple[str, str, str]]:
     yield "code", f"code:{module}", "".join(head)
 
 
-def _is_built_in(name: str, value: object) -> bool:
-    """Whether Python itself put `name` into `builtins`: IPython adds `display`, a prompt `_`, gettext another `_`."""
-    own = ("False", "True", "None", "Ellipsis", "NotImplemented", "__debug__", "__doc__", "__name__", "__package__")
-    home = getattr(value, "__module__", None)
-    return name in own if home is None else name != "_" and home in ("builtins", "io", "_sitebuiltins", "_frozen_importlib")
+# Run in a fresh interpreter: IPython puts `display` into `builtins`, its kernel another `input`, a prompt `_`.
+_READ_BUILTINS = """
+import builtins, json
+found = {}
+for name, value in sorted(vars(builtins).items()):
+    members = sorted(vars(value).items()) if isinstance(value, type) else []
+    docs = [(name, value), *((f"{name}.{k}", v) for k, v in members if not k.startswith("_"))]
+    told = ((n, getattr(v, "__doc__", None)) for n, v in docs)
+    found[name] = "\\n".join(f"{n}\\n{d}\\n" for n, d in told if isinstance(d, str))
+print(json.dumps(found))
+"""
+
+
+def _built_ins() -> dict[str, str]:
+    """{name: the docstrings of it and of its members} of `builtins` as Python itself starts with it."""
+    out = subprocess.run([sys.executable, "-I", "-c", _READ_BUILTINS], capture_output=True, text=True, check=True, encoding="utf-8")
+    return json.loads(out.stdout)
 
 
 def _library_documents() -> Iterator[tuple[str, str, str]]:
     """(domain, identity, text) of everything readable in this interpreter's standard library, in a fixed order."""
-    import builtins
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield "prose", f"prose:topic:{name}", topics[name]
-    for name, value in sorted(vars(builtins).items()):
-        if not _is_built_in(name, value):
-            continue
-        members = sorted(vars(value).items()) if isinstance(value, type) else []
-        docs = [(name, value), *((f"{name}.{k}", v) for k, v in members if not k.startswith("_"))]
-        told = ((n, getattr(v, "__doc__", None)) for n, v in docs)
-        yield "prose", f"prose:builtins.{name}", "\n".join(f"{n}\n{d}\n" for n, d in told if isinstance(d, str))
+    for name, text in _built_ins().items():
+        yield "prose", f"prose:builtins.{name}", text
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _stdlib_files():
         yield from _read_module(path, root)

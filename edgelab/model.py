@@ -572,8 +572,10 @@ def check_safetensors(file: Path) -> None:
 
 
 def _is_local(name_or_dir: str | Path) -> bool:
-    """Whether this means a directory: it is there, is a Path, or can't be a hub name (owner/name)."""
+    """Whether this means a directory: it is there, is a Path, can't be a hub name (owner/name), or starts in a folder here."""
     text = str(name_or_dir)
+    if "/" in text and Path(text).parts and Path(Path(text).parts[0]).is_dir():  # runs/mistyped
+        return True
     return isinstance(name_or_dir, Path) or Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
 
 

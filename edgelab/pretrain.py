@@ -96,7 +96,7 @@ MODELS = {
 
 def train_tokenizer(texts, vocab: int):
     """A byte-level BPE tokenizer of `vocab` entries: single digits, `data.END` first, every byte representable."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.BPE())
@@ -112,12 +112,17 @@ def train_tokenizer(texts, vocab: int):
     tok.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
+    # every document was read after an END: plain `generate` must start there too
+    tok.post_processor = processors.TemplateProcessing(
+        single=f"{data.END} $A", pair=f"{data.END} $A $B", special_tokens=[(data.END, tok.token_to_id(data.END))]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token=data.END, eos_token=data.END, pad_token="<|pad|>",
         additional_special_tokens=[data.USER, data.CALL], clean_up_tokenization_spaces=False, model_max_length=1024,
+        model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     fast.chat_template = (
-        "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|call|>') + m.content }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|call|>') + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|call|>{% endif %}"
     )
     return fast

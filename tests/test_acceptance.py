@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from edgelab import acceptance, data
-from edgelab.evaluate import evaluate, expert_counts, specialisation
+from edgelab.evaluate import evaluate, expert_counts, generate_answers, specialisation
 from edgelab.model import load, load_tokenizer
 from edgelab.paths import data_dir
 from edgelab.report import Report, Row
@@ -98,6 +98,19 @@ def test_the_shipped_weights_are_the_ones_that_were_accepted(name):
         else:
             slack = (recorded.high - recorded.low) / 4
             assert recorded.low - slack <= measured <= recorded.high + slack
+
+
+def test_plain_generate_answers_as_evaluation_does():
+    """The tokenizer itself puts the beginning that training and evaluation put, so nobody has to know of it."""
+    folder = data_dir() / "edge-moe"
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    rows = [r for r in data.corpus(data.SCORED, assistant=2000)["test"] if r["domain"] == "assistant"][:6]
+    for row, expected in zip(rows, generate_answers(model, tokenizer, [r["prompt"] for r in rows]), strict=True):
+        asked = tokenizer(row["prompt"], return_tensors="pt")
+        out = model.generate(**asked, max_new_tokens=64, do_sample=False)[0, asked.input_ids.shape[1] :]
+        assert out.tolist()[: len(expected)] == expected
+        said = [{"role": "user", "content": row["prompt"].removeprefix(data.USER).removesuffix(data.CALL)}]
+        assert tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"] == asked.input_ids[0].tolist()
 
 
 def test_the_experts_of_the_embedded_model_specialise():

@@ -78,7 +78,7 @@ def test_the_corpus_is_the_same_each_time(generated):
 def test_what_a_notebook_puts_into_builtins_is_not_in_the_corpus(monkeypatch):
     """IPython adds `display` and `__IPYTHON__`, a prompt `_`: the same machine must give the same text in each of them."""
     alone = data.fingerprint(data.corpus(("prose",)))
-    for name, value in {"display": "x" * 300, "__IPYTHON__": True, "_": len, "get_ipython": lambda: None}.items():
+    for name, value in {"display": "x" * 300, "__IPYTHON__": True, "_": len, "input": lambda: None, "get_ipython": lambda: None}.items():
         monkeypatch.setattr(builtins, name, value, raising=False)
     builtins.get_ipython.__doc__ = "A long docstring of somebody else's. " * 20
     assert data.fingerprint(data.corpus(("prose",))) == alone

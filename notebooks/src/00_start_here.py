@@ -118,7 +118,8 @@ for domain in data.DOMAINS:
     display(Markdown(f"**{domain}**\n```text\n{example['text'][:260].rstrip()}\n```"))
 
 # %% [markdown]
-# **Explain.** Prose and code are read from the Python that runs this notebook; commands and sums are generated. A
+# **Explain.** Prose and code are read from the Python that runs this notebook; commands and sums are generated.
+# A sum's answer is written least significant digit first, in the order in which carries are worked out: `37+45=28` says 82. A
 # document's split is decided by the hash of its name, so that no text is both trained on and tested on. Another patch
 # release of Python has slightly other text, and the fingerprint says so.
 #

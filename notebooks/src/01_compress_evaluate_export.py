@@ -2,7 +2,7 @@
 # # 01 · Compress, evaluate, export
 #
 # **Claim: stored in 4 bits, a mixture-of-experts model takes less than a third of its bytes, answers nearly as before, and
-# runs in another runtime with the very same codes; in 2 bits it is broken.**
+# runs in another runtime with the very same codes; in 2 bits most of its commands go wrong.**
 #
 # After this notebook you can
 #
@@ -144,8 +144,8 @@ plots.show(plots.size_against(report), sentence)
 display(Markdown(sentence))
 
 # %% [markdown]
-# **Look.** Every number has its interval: a paired bootstrap over documents. *fp* is the baseline, its divergence to itself
-# is 0.
+# **Look.** Every number has its interval: a paired bootstrap over documents (the pieces of a long one drawn
+# together). *fp* is the baseline, its divergence to itself is 0.
 #
 # **The second control that must fail: 2 bits.** Two bits leave four values per weight. If our measurements could not tell
 # that model from a good one, they would be worthless.
@@ -162,8 +162,9 @@ assert report.get(model="int2", metric="kld", slice="prose").low > report.get(mo
 
 # %% [markdown]
 # **Explain.** Each bit less doubles the step between neighbouring values, and the squared error grows fourfold. KL
-# divergence asks about *every* token's whole distribution and so sees damage long before the answers change; exact match
-# says when it matters; *flips* counts answers that changed either way, which a plain average hides. *Router overlap* is
+# divergence asks about *every* token's whole distribution and so sees damage long before the answers change; exact
+# match says when it matters, and not for every skill alike: sums, learnt to perfection, hold out longer than
+# commands; *flips* counts answers that changed either way, which a plain average hides. *Router overlap* is
 # particular to MoE: a token that is sent to other experts meets other weights altogether.
 
 # %% [markdown]
@@ -255,4 +256,4 @@ display(HTML(control.html))
 # or, in a terminal, `edgelab compress Qwen/Qwen3-0.6B --scheme int4-g32 --out runs/mine`.
 #
 # Larger models have outliers that ours lacks, and round-to-nearest is the simplest method there is: what better ones
-# gain is the matter of the notebooks that follow.
+# gain is another matter.
