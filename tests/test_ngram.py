@@ -80,8 +80,8 @@ def test_bits_per_byte_on_scored_text_only():
     report = baseline(train, sums, tokenizer)
     prose, answer = report.get(slice="prose"), report.get(slice="arithmetic")
     assert 0 < prose.low <= prose.value <= prose.high < 1.5 and prose.n == 4
-    model = Trigram.fit([[0, *tokenizer(t)["input_ids"], 0] for t in texts * 3], len(tokenizer))
-    one, two, equals = tokenizer("12=")["input_ids"]
+    model = Trigram.fit([[0, *tokenizer(t, add_special_tokens=False)["input_ids"], 0] for t in texts * 3], len(tokenizer))
+    one, two, equals = tokenizer("12=", add_special_tokens=False)["input_ids"]
     assert answer.value == pytest.approx(-math.log2(float(model.prob(np.array(one), np.array(equals), np.array(two)))), rel=1e-9)
 
 
