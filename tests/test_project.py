@@ -284,7 +284,7 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     exec(compile(example.replace("max_docs=8", "max_docs=2"), "README.md", "exec"), names)
     assert names["small"].coverage.expert_share == 1.0
     assert names["report"].models() == ["fp", "int4"]
-    assert (tmp_path / "edge-moe-int4" / "edgelab.json").is_file()
+    assert (tmp_path / "runs" / "edge-moe-int4" / "edgelab.json").is_file()
 
 
 # --------------------------------------------------------------------------------------------- data and the wheel
