@@ -29,7 +29,7 @@ test: $(VENV)/.test-lab-export ## all tests, and the notebooks top to bottom (AR
 	@$(BIN)/python -m pytest --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(VENV)/.test-lab-export ## the benchmarks of tests/bench, on this machine
+bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this machine
 	@$(BIN)/python -m pytest tests/bench -o "python_files=bench_*.py" -o "python_functions=bench_*" --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 notebooks: $(VENV)/.lab-export ## write notebooks/*.ipynb from notebooks/src and execute them
@@ -74,7 +74,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 comma := ,
-$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing edgelab[$(subst -,$(comma),$*)] into $(VENV) (the first time takes some minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(subst -,$(comma),$*)]"
 	@touch $@
