@@ -29,6 +29,7 @@ _LATER = {
     "load": "edgelab.model",
     "save_bundle": "edgelab.bundle",
     "load_bundle": "edgelab.bundle",
+    "set_threads": "edgelab.kernels._jit",
 }
 
 

@@ -1,11 +1,16 @@
 """Layers that hold their weights in low bits: `QLinear`, `QEmbedding`, `QExperts`. For inference.
 
-Each keeps a weight as two buffers, `packed` uint8 and `scales` float16, laid out as in `QTensor`. Two ways compute:
+Each keeps a weight as two buffers, `packed` uint8 and `scales` float16, laid out as in `QTensor`. Three ways compute:
 
-- "numba": the kernels of `kernels/matmul.py`, straight from the packed codes; on a CPU, when no gradient is asked for;
+- "numba": the kernels of `kernels/`, weights in low bits and activations float32; on a CPU, when no gradient is asked for;
+- "numba-int8": the same, with activations quantized to int8 on the way in (per token, and per group of the weight). The
+  fastest, and not quite the same numbers: int8 activations cost about half a percent of a layer's output;
 - "torch": unpack, then `F.linear`; on any device, differentiable with respect to the input, also under `torch.compile`.
 
-Both compute in float32 and return the input's dtype. The scales stay float16 whatever `.to(dtype)` is called on the
+The kernels read a weight in tiles (`kernels/pack.py`). A layer lays its tiles out at its first use and keeps them beside
+the buffers, which stay what is saved: after that it holds its codes twice.
+
+All compute in float32 and return the input's dtype. The scales stay float16 whatever `.to(dtype)` is called on the
 model: rounding them to bfloat16 would change the weights. `QExperts` stands in for the fused experts of transformers 5
 (`gate_up_proj` [experts, 2 * inner, hidden], `down_proj` [experts, hidden, inner]), with the same call.
 """
@@ -15,22 +20,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgelab.kernels.matmul import qmatmul, qmatmul_experts, uses_threads
+from edgelab.kernels._jit import threads, threads_are_chosen
+from edgelab.kernels.experts import run as run_experts
+from edgelab.kernels.matmul import LONGEST_GROUP, multiply
+from edgelab.kernels.pack import Tiles, tile
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
 
-KERNELS = ("numba", "torch")
+KERNELS = ("numba", "numba-int8", "torch")
 GLUS = ("chunk", "interleaved_clamped")
 
 
 def set_kernel(name: str) -> str:
-    """The kernel that was in use before; from now on all quantized layers use `name`: "numba" (default) or "torch"."""
+    """The kernel that was in use before; from now on all quantized layers use `name`: "numba" (default), "numba-int8" or "torch"."""
     if name not in KERNELS:
         raise ValueError(f"kernel={name!r} is not known; use one of {', '.join(KERNELS)}")
     before, Quantized.kernel = Quantized.kernel, name
@@ -120,23 +127,33 @@ class Quantized(nn.Module):
         """Bytes of codes and scales."""
         return sum(s.scheme.nbytes(s.shape) for s in self._stored.values())
 
-    def _arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """NumPy views of packed and scales (int16 bits), made again when a buffer was replaced or moved."""
+    def _tiles(self, name: str) -> Tiles:
+        """The weight as the kernels read it, laid out again when a buffer was replaced, moved or written to."""
         s = self._stored[name]
         packed, scales = self._buffers[s.packed], self._buffers[s.scales]
         held = self._views.get(name)
-        key = (packed.data_ptr(), scales.data_ptr())
-        if held is None or held[0] is not packed or held[1] is not scales or held[2] != key:
-            if packed.dtype != torch.uint8 or scales.dtype != torch.float16:
-                raise TypeError(
-                    f"{name}: packed is {packed.dtype} and scales are {scales.dtype}; they must be torch.uint8 and torch.float16: "
-                    "load the state dict without casting it"
-                )
-            held = self._views[name] = (packed, scales, key, (packed.numpy(), scales.view(torch.int16).numpy()))
-        return held[3]
+        if held is not None and held[0] is packed and held[1] is scales and held[2] == _version(packed, scales):
+            return held[3]
+        if packed.dtype != torch.uint8 or scales.dtype != torch.float16:
+            raise TypeError(
+                f"{name}: packed is {packed.dtype} and scales are {scales.dtype}; they must be torch.uint8 and torch.float16: "
+                "load the state dict without casting it"
+            )
+        tiles = tile(packed.detach().numpy(), scales.detach().view(torch.int16).numpy(), s.scheme.bits, s.group_size, s.shape[-1])
+        self._views[name] = (packed, scales, _version(packed, scales), tiles)
+        return tiles
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._views.clear()  # tensors of inference mode do not count their versions
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _integer(self, *names: str) -> bool:
+        """Whether activations go in as int8: asked for, and the sums of these weights fit."""
+        longest = max(self._stored[name].group_size or self._stored[name].shape[-1] for name in names)
+        return self.kernel == "numba-int8" and longest <= LONGEST_GROUP
 
     def _use_kernel(self, *inputs: Tensor) -> bool:
-        if self.kernel != "numba" or torch.compiler.is_compiling():
+        if self.kernel == "torch" or torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return False
@@ -210,9 +227,9 @@ class QLinear(Quantized):
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
         if self._use_kernel(x, self.packed):
             rows = _rows(x)
-            y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32)
-            _share_threads(self.out_features, self.in_features, len(rows))
-            qmatmul(*self._arrays("weight"), s.scheme.bits, s.group_size, rows, y.numpy().reshape(-1, self.out_features))
+            y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32)
+            flat = y.numpy().reshape(-1, self.out_features)
+            multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=_most())
         else:
             with _float32(x.device):
                 y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
@@ -296,6 +313,9 @@ class QExperts(Quantized):
         self._keep("down_proj", down, "down_")
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, wide // 2
         self.act_fn, self.glu, self.limit, self.alpha = act_fn, glu, limit, alpha
+        # what `kernels/experts.py` does in one call; other mixtures take a call per product
+        silu = isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation" or act_fn is F.silu
+        self._is_swiglu = glu == "chunk" and silu and gate_up_bias is None and down_bias is None
         for name, bias, rows in (("gate_up_bias", gate_up_bias, wide), ("down_bias", down_bias, hidden)):
             if bias is not None and bias.shape != (experts, rows):
                 raise ValueError(f"{name} is {tuple(bias.shape)}; it must be ({experts}, {rows})")
@@ -326,10 +346,26 @@ class QExperts(Quantized):
         The index `num_experts` is the sentinel of transformers' expert parallelism: that choice is skipped.
         """
         tokens, k = top_k_index.shape
-        if hidden_states.shape != (tokens, self.hidden_dim):
+        if hidden_states.shape != (tokens, self.hidden_dim) or top_k_weights.shape != (tokens, k):
             raise ValueError(
-                f"hidden_states is {tuple(hidden_states.shape)} and top_k_index {tokens, k}; they must be [T, {self.hidden_dim}] and [T, k]"
+                f"hidden_states is {tuple(hidden_states.shape)}, top_k_index {tokens, k} and top_k_weights {tuple(top_k_weights.shape)}; "
+                f"they must be [T, {self.hidden_dim}], [T, k] and [T, k]"
             )
+        by_kernel = self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed)
+        if by_kernel and self._is_swiglu:
+            out = torch.empty((tokens, self.hidden_dim), dtype=torch.float32)
+            run_experts(
+                self._tiles("gate_up_proj"),
+                self._tiles("down_proj"),
+                _rows(hidden_states),
+                top_k_index.to(torch.int64).contiguous().numpy(),
+                top_k_weights.detach().to(torch.float32).contiguous().numpy(),
+                out.numpy(),
+                self._integer("gate_up_proj", "down_proj"),
+                _most(),
+                "top_k_index",
+            )
+            return out.to(hidden_states.dtype)
         choice = top_k_index.reshape(-1).cpu().numpy()
         order = np.argsort(choice, kind="stable")
         offsets = np.searchsorted(choice[order], np.arange(self.num_experts + 1))  # [experts + 1]; the sentinels come last
@@ -341,7 +377,6 @@ class QExperts(Quantized):
         kept = torch.from_numpy(order[: offsets[-1]]).to(hidden_states.device)
         with _float32(hidden_states.device):
             x = hidden_states[kept // k].float()  # [n, hidden], sorted by expert
-            by_kernel = self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed)
             y = self._by_kernel(x, offsets) if by_kernel else self._by_torch(x, np.diff(offsets).tolist())
             # back to [T, k, hidden], then one weighted sum per token; a skipped choice is a row of zeros
             rows = y.new_zeros(tokens * k, self.hidden_dim).index_copy_(0, kept, y)
@@ -354,8 +389,7 @@ class QExperts(Quantized):
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
             y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32)
-            _share_threads(s.shape[1], s.shape[2], len(x), self.num_experts)
-            qmatmul_experts(*self._arrays(name), s.scheme.bits, s.group_size, _rows(x), offsets, y.numpy())
+            multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=_most())
             if bias is not None:
                 y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
             x = self._glu(y) if name == "gate_up_proj" else y
@@ -406,7 +440,11 @@ def _float32(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _share_threads(out: int, n: int, tokens: int, experts: int = 1) -> None:
-    """`torch.set_num_threads` holds for the kernels too, where they use threads at all."""
-    if uses_threads(out, n, tokens, experts):
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _version(*tensors: Tensor) -> tuple:
+    """Where the tensors are and how often they were written to (not known of a tensor made in inference mode)."""
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+
+
+def _most() -> int:
+    """Threads that a kernel may use: `edgelab.set_threads`, else as `torch.set_num_threads` says."""
+    return threads() if threads_are_chosen() else min(torch.get_num_threads(), threads())

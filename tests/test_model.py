@@ -106,7 +106,7 @@ def test_expert_stacks_have_the_orientation_of_a_linear(family):
     assert shapes == {"gate_up_proj": (4, 2 * inner, 32), "down_proj": (4, 32, inner)}
 
 
-@pytest.mark.parametrize("kernel", layers.KERNELS)
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_swapped_model_equals_one_that_holds_the_dequantized_weights(family, kernel):
     model = tiny(family)

@@ -1,222 +1,416 @@
-"""Low-bit weights times float activations: y[t, o] = sum_k scale[o, k // g] * (q[o, k] - 2**(b-1)) * x[t, k].
+"""Low-bit weights times activations: y[t, o] = sum_k W[o, k] * x[t, k], with W as `Tiles`.
 
-Weight-only: the codes stay packed in memory as `QTensor` lays them out, and activations are float32. A block of output
-rows is unpacked two rows at a time into a scratch that fits the first-level cache, and each pair is then used for all
-tokens, four at once: eight sums in registers per pass, six loads for eight multiply-adds.
+Two kinds of arithmetic, chosen by `activations`:
 
-Parallel over blocks of output rows and never over a sum, so the result does not depend on the number of threads.
+- "float32" (weight-only; the field's W4A16): W[o, k] = scale * level[code], float32 sums. For every bit width and table.
+- "int8" (W4A8, W8A8): each row of x is quantized on the way in, per group of the weight (per row where the weight has one
+  scale a row), to int8 by absmax / 127; products and sums inside a group are integers, exact; float32 across groups.
 
-Scales come as the int16 bits of float16, which numba cannot hold in an array.
+Decoding multiplies one row of x by the whole weight, so it takes as long as reading the weight takes. Prefill has many
+rows; then some tiles' codes are unpacked into a panel that the first-level cache holds, and all rows use it there.
+`micro.py` has the loops over inputs, this file those over tiles, panels, rows, experts and threads.
+
+Parallel over tiles of output rows and never over a sum, so the result does not depend on the number of threads.
 """
 
+import threading
+from functools import cache, lru_cache
+
 import numpy as np
-from llvmlite import ir
-from numba import get_num_threads, prange, types
-from numba.extending import intrinsic
+from numba import prange
 
-from edgelab.kernels._jit import ONE_AT_A_TIME, approx
+from edgelab.kernels import micro, simd
+from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job, threads
+from edgelab.kernels.pack import QUADS, ROWS, UNIT, VECTOR, Tiles, aligned
+from edgelab.kernels.simd import call, emitted, peek
 
-BLOCK = 16  # output rows that one task computes; even, so that the same rows are paired whatever the threads
-UNPACK = 6  # to unpack a weight costs about as much as to multiply it with six tokens (0.2 against 0.03 ns)
-# A product below this many multiply-adds (unpacking counted so) runs on one thread: it takes about 0.1 ms on one
-# core of an AVX-512 Xeon, where handing work to a second thread and waiting for it took 0.02 ms with the machine busy.
-PARALLEL_FROM = 1 << 21
+ACTIVATIONS = ("float32", "int8")
+LONGEST_GROUP = 131072  # inputs that may share one scale with int8 activations: 128 * 127 of each still sum to an int32
 
-U = np.uint64  # an index or mask: a plain 2 beside a uint64 would make a float64
+_WAY = simd.way()
+_FEW, _MANY = micro.FEW[_WAY], micro.MANY[_WAY]
+_FEW_ROWS = _FEW[0]  # up to so many rows of x codes are unpacked in registers; beyond, into a panel
+_PANEL_TILES = max(1, micro.COLUMNS[_WAY] * simd.LANES[_WAY] // ROWS)
+# A panel takes 16 KiB on AVX-512, a third to a half of a first-level cache: 512 inputs as int8, 128 as float32.
+_PANEL_UNITS = {"int8": 16, "float32": 4}
+_PANEL_BYTES = {"int8": QUADS * VECTOR, "float32": 4 * QUADS * VECTOR}  # of one unit of one tile
+_PAD = 64  # bytes between rows of activations, lest rows of 4,096 all fall into the same sets of the cache
+_QUANTIZE_SHARED = 16  # rows of x from which on threads share the work of quantizing them
 
+# The numbers that a kernel is handed, by position: addresses, sizes, strides (see `_run`).
+PLAN = 22
+(
+    CODES,
+    SCALES,
+    LEVELS,
+    EXPERTS,
+    TILES,
+    UNITS,  # of a row
+    GROUPS,
+    GROUP,  # inputs
+    GROUP_UNITS,
+    OUT,
+    N,
+    OFFSETS,
+    SLOTS,  # rows of y
+    X,
+    ROWS_OF_X,  # address of the row of x that each row of y takes, or 0 where they are the same
+    XQ,  # the activations as the products read them
+    LDX,  # bytes between their rows
+    SX,
+    START,
+    PANEL,
+    PANEL_STRIDE,  # bytes: each thread has its own panel
+    Y,
+) = range(PLAN)
 
-@intrinsic
-def _as_float32(typingctx, bits):
-    """The float32 whose bits are the int32 `bits`."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@approx
-def _half(h):
-    """float32 of the finite float16 whose bits are the int16 `h`."""
-    # By hand and not LLVM's `fpext half`: without F16C (an old or a masked virtual CPU) that becomes a call to a compiler
-    # library that numba does not link, and crashes the process. A table of 65,536 would be frozen into every kernel and
-    # compete for the cache. No float32 on the way is subnormal, so `torch.set_flush_denormal(True)` changes nothing.
-    magnitude = np.int32(h) & 0x7FFF
-    if magnitude < 0x0400:  # subnormal: magnitude * 2**-24
-        f = np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
-    else:  # the exponent's bias grows from 15 to 127
-        f = _as_float32(np.int32((magnitude << 13) + ((127 - 15) << 23)))
-    return -f if h < 0 else f
-
-
-@approx
-def _spread3(x):
-    """Eight codes, one per byte, of a 24-bit number: octal 76543210 -> 0x07060504_03020100, by halves."""
-    x = (x | x << U(20)) & U(0x00000FFF_00000FFF)
-    x = (x | x << U(10)) & U(0x003F003F_003F003F)
-    return (x | x << U(5)) & U(0x07070707_07070707)
-
-
-@approx
-def _spread(packed, o, bits, c16, c32, c64):
-    """One byte per code of row `o`, at 2, 3 or 4 bits, into a scratch that c16, c32 and c64 view as wider integers.
-
-    A unit of codes (one byte, or three at 3 bits) is pulled apart with shifts and masks in one integer, which is then
-    stored whole. Loads and stores run straight through memory, so LLVM does many units at once. The last unit may
-    write past the row's end: the scratch has room. Assumes a little-endian machine, as `QTensor` does.
-    """
-    row_bytes = U(packed.shape[1])
-    if bits == 4:
-        for j in range(row_bytes):
-            x = np.uint32(packed[o, j])
-            c16[j] = (x | x << 4) & 0x0F0F
-    elif bits == 2:
-        for j in range(row_bytes):
-            x = np.uint32(packed[o, j])
-            x = (x | x << 12) & 0x000F000F
-            c32[j] = (x | x << 6) & 0x03030303
-    else:
-        units, rest = row_bytes // U(3), row_bytes % U(3)
-        for j in range(units):
-            at = U(3) * j
-            c64[j] = _spread3(U(packed[o, at]) | U(packed[o, at + U(1)]) << U(8) | U(packed[o, at + U(2)]) << U(16))
-        if rest > U(0):  # the row ends inside a unit
-            word = U(packed[o, U(3) * units])
-            if rest > U(1):
-                word |= U(packed[o, U(3) * units + U(1)]) << U(8)
-            c64[units] = _spread3(word)
+_quantize, _spread, _ahead = emitted(micro.quantize), emitted(micro.spread), emitted(micro.ahead)
 
 
-@approx
-def _scale(codes, row, scales, o, bits, group_size, w):
-    """w [in] = scale * (q - zero point), for row `row` of the one-byte `codes` and the scales of output row `o`."""
-    zero_point = np.int32(1 << (bits - 1))
-    size = U(group_size) if group_size > 0 else U(w.size)
-    scale_row = o if scales.shape[0] > 1 else U(0)
-    for g in range(U(scales.shape[1])):
-        s = _half(scales[scale_row, g])
-        for k in range(g * size, (g + U(1)) * size):
-            w[k] = s * np.float32(np.int32(codes[row, k]) - zero_point)
+@exact
+def _fits(left, sizes):
+    """The largest of `sizes` that is at most `left`."""
+    for size in sizes:
+        if size <= left:
+            return size
+    return 1
 
 
-@approx
-def _block(packed, scales, bits, group_size, x, y, first, last):
-    """Output rows first .. last - 1 of y [tokens, out] = x [tokens, in] times the transposed weight."""
-    # Indices are unsigned and rows are not sliced. A signed index that might be negative is tested for wrapping around
-    # at every element, which keeps a loop out of the vector registers (seen: 0.85 against 0.15 ns per weight); a slice
-    # costs an atomic count of references, which threads would contend for.
-    tokens, n = U(x.shape[0]), U(x.shape[1])
-    c64 = np.empty((1, n // U(8) + U(1)), np.uint64)
-    c8, c16, c32 = c64.view(np.uint8), c64.view(np.uint16)[0], c64.view(np.uint32)[0]
-    c1 = c64[0]
-    u = np.zeros(n, np.float32)
-    v = np.zeros(n, np.float32)  # stays zero beside a last odd row
-    zero = np.float32(0)
-    end = U(last)
-    for o in range(U(first), end, U(2)):
-        two = o + U(1) < end
-        if bits == 8:
-            _scale(packed, o, scales, o, bits, group_size, u)
-            if two:
-                _scale(packed, o + U(1), scales, o + U(1), bits, group_size, v)
+@exact
+def _even(left, most):
+    """How many of `left` rows to take next when each block takes at most `most`: all blocks alike, give or take one."""
+    return (left + (left + most - 1) // most - 1) // ((left + most - 1) // most)
+
+
+@cache
+def _quantize_job(zero: int) -> int:
+    """Address of the job that writes XQ, SX and START for integers; `zero` is the code of 0 (`simd.zero_point`)."""
+
+    def quantize(p, part, parts):
+        slots, ldx, padded = p[SLOTS], p[LDX], p[GROUP_UNITS] * UNIT
+        for i in range(slots * part // parts, slots * (part + 1) // parts):
+            row = peek(p[ROWS_OF_X] + 8 * i) if p[ROWS_OF_X] else i
+            x = p[X] + row * p[N] * 4
+            _quantize(x, p[XQ] + i * ldx, p[SX] + 4 * i, p[START] + 4 * i, slots, p[GROUPS], p[GROUP], padded, zero)
+
+    return job(quantize, variant=zero).address
+
+
+@cache
+def _spread_job() -> int:
+    """Address of the job that writes XQ as float32, groups filled up."""
+
+    def spread(p, part, parts):
+        slots, padded = p[SLOTS], p[GROUP_UNITS] * UNIT
+        for i in range(slots * part // parts, slots * (part + 1) // parts):
+            row = peek(p[ROWS_OF_X] + 8 * i) if p[ROWS_OF_X] else i
+            _spread(p[X] + row * p[N] * 4, p[XQ] + i * p[LDX], p[GROUPS], p[GROUP], padded)
+
+    return job(spread).address
+
+
+@cache
+def _integer_job(bits: int) -> int:
+    """Address of the job that computes its part of y with integer products, for codes of `bits` bits."""
+    few = emitted(micro.a8_few, _FEW, bits=bits)
+    many = emitted(micro.a8_many, _MANY, bits=bits)
+    many_row = emitted(micro.a8_many_row, _MANY, bits=bits)
+    unpack = emitted(micro.unpack, bits=bits)
+    panel_units, most = _PANEL_UNITS["int8"], _MANY[0]
+
+    def integer(p, part, parts):
+        tiles, all_units, groups, units, out, slots = p[TILES], p[UNITS], p[GROUPS], p[GROUP_UNITS], p[OUT], p[SLOTS]
+        ldx, panel = p[LDX], p[PANEL] + part * p[PANEL_STRIDE]
+        tile_bytes, scale_bytes = all_units * bits * VECTOR, groups * ROWS * 2
+        steps = (tiles + _PANEL_TILES - 1) // _PANEL_TILES
+        block = panel_units if groups == 1 else max(1, panel_units // units) * units
+        for e in range(p[EXPERTS]):
+            lo, hi = peek(p[OFFSETS] + 8 * e), peek(p[OFFSETS] + 8 * e + 8)
+            if hi <= lo:
+                continue
+            codes, scales = p[CODES] + e * tiles * tile_bytes, p[SCALES] + e * tiles * scale_bytes
+            if hi - lo <= _FEW_ROWS:
+                for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
+                    c, s, y, valid = codes + tile * tile_bytes, scales + tile * scale_bytes, p[Y] + tile * ROWS * 4, out - tile * ROWS
+                    t = lo
+                    while t < hi:
+                        m = _fits(hi - t, _FEW)
+                        x, sx, start = p[XQ] + t * ldx, p[SX] + 4 * t, p[START] + 4 * t
+                        few(m, c, s, x, ldx, sx, start, slots, y + t * out * 4, out, valid, groups, units)
+                        t += m
+                continue
+            rounds = (hi - lo + most - 1) // most
+            for step in range(steps * part // parts, steps * (part + 1) // parts):
+                tile = step * _PANEL_TILES
+                here = min(_PANEL_TILES, tiles - tile)  # of a lone last tile the columns come twice, and are stored once
+                valid = out - tile * ROWS
+                for u in range(0, all_units, block):
+                    count = min(block, all_units - u)
+                    c, stride = codes + tile * tile_bytes + u * bits * VECTOR, tile_bytes
+                    lines = count * bits // rounds + 1  # of the next panel, to be asked for before each block of rows
+                    following = c + count * bits * VECTOR
+                    if bits < 8:
+                        stride = count * QUADS * VECTOR
+                        for i in range(here):
+                            unpack(c + i * tile_bytes, panel + i * stride, count)
+                        c = panel
+                    s, scale_stride = scales + tile * scale_bytes + (u // units) * ROWS * 2, scale_bytes
+                    if here < _PANEL_TILES:
+                        stride, scale_stride = 0, 0
+                    t = lo
+                    while t < hi:
+                        m = _even(hi - t, most)
+                        for i in range(here):
+                            _ahead(following + i * tile_bytes, lines)
+                        following += lines * VECTOR
+                        x, y = p[XQ] + t * ldx + u * UNIT, p[Y] + (t * out + tile * ROWS) * 4
+                        if groups == 1:
+                            sx, start, last = p[SX] + 4 * t, p[START] + 4 * t, u + count == all_units
+                            many_row(m, c, stride, s, scale_stride, x, ldx, sx, start, y, out, valid, count, u == 0, last)
+                        else:
+                            at = 4 * (u // units * slots + t)
+                            sx, start, whole = p[SX] + at, p[START] + at, count // units
+                            many(m, c, stride, s, scale_stride, x, ldx, sx, start, slots, y, out, valid, whole, units, u == 0)
+                        t += m
+
+    return job(integer, variant=bits).address
+
+
+@cache
+def _float_job(bits: int) -> int:
+    """Address of the job that computes its part of y in float32, for codes of `bits` bits."""
+    sizes = tuple(m for m in _FEW if m <= 4)  # with its two chains of sums more rows would leave the registers
+    few = emitted(micro.a16_few, sizes, bits=bits)
+    many = emitted(micro.a16_many, _MANY)
+    dequantize = emitted(micro.dequantize, bits=bits)
+    panel_units, most, few_rows = _PANEL_UNITS["float32"], _MANY[0], sizes[0]
+
+    def floating(p, part, parts):
+        tiles, all_units, groups, units, out = p[TILES], p[UNITS], p[GROUPS], p[GROUP_UNITS], p[OUT]
+        ldx, panel, levels = p[LDX] // 4, p[PANEL] + part * p[PANEL_STRIDE], p[LEVELS]
+        tile_bytes, scale_bytes = all_units * bits * VECTOR, groups * ROWS * 2
+        steps = (tiles + _PANEL_TILES - 1) // _PANEL_TILES
+        across = _PANEL_TILES * ROWS * 4  # bytes of one input in the panel
+        for e in range(p[EXPERTS]):
+            lo, hi = peek(p[OFFSETS] + 8 * e), peek(p[OFFSETS] + 8 * e + 8)
+            if hi <= lo:
+                continue
+            codes, scales = p[CODES] + e * tiles * tile_bytes, p[SCALES] + e * tiles * scale_bytes
+            if hi - lo <= few_rows:
+                for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
+                    c, s, y, valid = codes + tile * tile_bytes, scales + tile * scale_bytes, p[Y] + tile * ROWS * 4, out - tile * ROWS
+                    t = lo
+                    while t < hi:
+                        m = _fits(hi - t, sizes)
+                        few(m, c, s, levels, p[XQ] + t * ldx * 4, ldx, y + t * out * 4, out, valid, groups, units)
+                        t += m
+                continue
+            # a panel holds whole groups where they are small, and a part of one group where they are large
+            whole = max(1, panel_units // units)
+            part_units = units if units <= panel_units else panel_units
+            for step in range(steps * part // parts, steps * (part + 1) // parts):
+                tile = step * _PANEL_TILES
+                here = min(_PANEL_TILES, tiles - tile)
+                valid = out - tile * ROWS
+                u = 0
+                while u < all_units:
+                    g = u // units
+                    if units <= panel_units:
+                        group_count, unit_count = min(whole, groups - g), units
+                    else:
+                        group_count, unit_count = 1, min(part_units, (g + 1) * units - u)
+                    count = group_count * unit_count
+                    for i in range(here):
+                        c = codes + (tile + i) * tile_bytes + u * bits * VECTOR
+                        s = scales + (tile + i) * scale_bytes + g * ROWS * 2
+                        dequantize(c, s, levels, panel + i * ROWS * 4, across, group_count, unit_count)
+                    t = lo
+                    while t < hi:
+                        m = _even(hi - t, most)
+                        x, y = p[XQ] + (t * ldx + u * UNIT) * 4, p[Y] + (t * out + tile * ROWS) * 4
+                        many(m, panel, across, x, ldx, y, out, valid, count * QUADS, u == 0)
+                        t += m
+                    u += count
+
+    return job(floating, variant=bits).address
+
+
+@exact(parallel=True)
+def each(function, p, parts):
+    """Job `function` with the plan at address `p`, its `parts` parts on as many threads."""
+    # One loop in a function of its own: numba fuses neighbouring loops, and one job would begin before another's end.
+    for part in prange(parts):
+        call(function, p, part, parts)
+
+
+@exact
+def _run(prepare, compute, weight, sizes, offsets, x, rows, scratch, y):
+    """Fill the plan and do both jobs, on this thread."""
+    plan(scratch, weight, sizes, offsets, x, rows, y)
+    if prepare:
+        call(prepare, scratch.ctypes.data, 0, 1)
+    call(compute, scratch.ctypes.data, 0, 1)
+
+
+@exact
+def _run_threads(prepare, compute, weight, sizes, offsets, x, rows, scratch, y, parts):
+    """Fill the plan and do both jobs, each shared by `parts` threads."""
+    plan(scratch, weight, sizes, offsets, x, rows, y)
+    if prepare:
+        if offsets[-1] < _QUANTIZE_SHARED:
+            call(prepare, scratch.ctypes.data, 0, 1)
         else:
-            _spread(packed, o, bits, c16, c32, c1)
-            _scale(c8, U(0), scales, o, bits, group_size, u)
-            if two:
-                _spread(packed, o + U(1), bits, c16, c32, c1)
-                _scale(c8, U(0), scales, o + U(1), bits, group_size, v)
-        whole = tokens - tokens % U(4)
-        for t in range(U(0), whole, U(4)):
-            t1, t2, t3 = t + U(1), t + U(2), t + U(3)
-            u0, u1, u2, u3, v0, v1, v2, v3 = zero, zero, zero, zero, zero, zero, zero, zero
-            for k in range(n):
-                a, b = u[k], v[k]
-                u0 += a * x[t, k]
-                u1 += a * x[t1, k]
-                u2 += a * x[t2, k]
-                u3 += a * x[t3, k]
-                v0 += b * x[t, k]
-                v1 += b * x[t1, k]
-                v2 += b * x[t2, k]
-                v3 += b * x[t3, k]
-            y[t, o], y[t1, o], y[t2, o], y[t3, o] = u0, u1, u2, u3
-            if two:
-                y[t, o + U(1)], y[t1, o + U(1)], y[t2, o + U(1)], y[t3, o + U(1)] = v0, v1, v2, v3
-        for t in range(whole, tokens):  # also the whole of decoding, one token at a time
-            u0, v0 = zero, zero
-            for k in range(n):
-                u0 += u[k] * x[t, k]
-                v0 += v[k] * x[t, k]
-            y[t, o] = u0
-            if two:
-                y[t, o + U(1)] = v0
+            each(prepare, scratch.ctypes.data, parts)
+    each(compute, scratch.ctypes.data, parts)
 
 
-@approx
-def _qmatmul_serial(packed, scales, bits, group_size, x, y):
-    out = packed.shape[0]
-    for i in range((out + BLOCK - 1) // BLOCK):
-        _block(packed, scales, bits, group_size, x, y, i * BLOCK, min(out, (i + 1) * BLOCK))
+@exact
+def plan(scratch, weight, sizes, offsets, x, rows, y):
+    """Write the plan to the head of `scratch`. `weight` are the arrays of the `Tiles`, `sizes` what `numbers` returns."""
+    codes, scales, levels = weight
+    out, n, group, units, ldx, at_sx, at_start, at_panel, panel_stride, copied = sizes
+    a = scratch.ctypes.data
+    p = scratch[: 8 * PLAN].view(np.int64)
+    p[CODES], p[SCALES], p[LEVELS] = codes.ctypes.data, scales.ctypes.data, levels.ctypes.data
+    p[EXPERTS], p[TILES], p[UNITS], p[GROUPS] = codes.shape[0], codes.shape[1], codes.shape[2], scales.shape[2]
+    p[GROUP], p[GROUP_UNITS], p[OUT], p[N] = group, units, out, n
+    p[OFFSETS], p[SLOTS] = offsets.ctypes.data, offsets[-1]
+    p[X], p[ROWS_OF_X], p[Y] = x.ctypes.data, rows.ctypes.data if rows.size else 0, y.ctypes.data
+    p[XQ], p[LDX] = a + _HEAD if copied else x.ctypes.data, ldx
+    p[SX], p[START], p[PANEL], p[PANEL_STRIDE] = a + at_sx, a + at_start, a + at_panel, panel_stride
 
 
-@approx(parallel=True)
-def _qmatmul_parallel(packed, scales, bits, group_size, x, y):
-    out = packed.shape[0]
-    for i in prange((out + BLOCK - 1) // BLOCK):
-        _block(packed, scales, bits, group_size, x, y, i * BLOCK, min(out, (i + 1) * BLOCK))
+_HEAD = -(-8 * PLAN // VECTOR) * VECTOR
+_NO_ROWS = np.empty(0, np.int64)
+_local = threading.local()
 
 
-@approx
-def _experts_serial(packed, scales, bits, group_size, x, offsets, y):
-    experts, out = packed.shape[0], packed.shape[1]
-    blocks = (out + BLOCK - 1) // BLOCK
-    for i in range(experts * blocks):
-        e, b = i % experts, i // experts
-        lo, hi = offsets[e], offsets[e + 1]
-        if hi > lo:
-            _block(packed[e], scales[e], bits, group_size, x[lo:hi], y[lo:hi], b * BLOCK, min(out, (b + 1) * BLOCK))
+def arena(size: int) -> np.ndarray:
+    """Scratch memory of this Python thread, kept between calls."""
+    held = getattr(_local, "arena", None)
+    if held is None or held.size < size:
+        held = _local.arena = aligned((max(size, 1 << 16),))
+    return held
 
 
-@approx(parallel=True)
-def _experts_parallel(packed, scales, bits, group_size, x, offsets, y):
-    experts, out = packed.shape[0], packed.shape[1]
-    blocks = (out + BLOCK - 1) // BLOCK
-    # threads get runs of i: the expert varies fastest, so that each has a share of every expert, busy or idle
-    for i in prange(experts * blocks):
-        e, b = i % experts, i // experts
-        lo, hi = offsets[e], offsets[e + 1]
-        if hi > lo:
-            _block(packed[e], scales[e], bits, group_size, x[lo:hi], y[lo:hi], b * BLOCK, min(out, (b + 1) * BLOCK))
+def up(size: int) -> int:
+    return -(-size // VECTOR) * VECTOR
 
 
-def uses_threads(out: int, n: int, tokens: int, experts: int = 1) -> bool:
-    """Whether a product of `tokens` with weights [out, n] (at most one expert per token) is worth several threads."""
-    return out * n * (tokens + UNPACK * min(tokens, experts)) >= PARALLEL_FROM
+def numbers(tiles: Tiles, slots: int, integer: bool, gather: bool, parts: int) -> tuple[tuple[int, ...], int]:
+    """(the sizes that `plan` takes, bytes of scratch) for a product of up to `slots` rows on `parts` threads."""
+    return _numbers(tiles.out, tiles.n, tiles.group, tiles.scales.shape[2], slots, integer, gather, parts)
 
 
-def qmatmul(packed: np.ndarray, scales: np.ndarray, bits: int, group_size: int, x: np.ndarray, y: np.ndarray) -> None:
-    """Fill `y` float32 [tokens, out] with x [tokens, in] times the transposed low-bit weight.
+@lru_cache(1024)
+def _numbers(out: int, n: int, group: int, groups: int, slots: int, integer: bool, gather: bool, parts: int):
+    units = -(-group // UNIT)
+    padded = groups * units * UNIT
+    copied = integer or gather or padded != n
+    ldx = (padded if integer else 4 * padded) + _PAD if copied else 4 * n
+    kind = "int8" if integer else "float32"
+    # integers of a group stay together unless it is the row
+    panel_units = max(_PANEL_UNITS[kind], units) if integer and groups > 1 else _PANEL_UNITS[kind]
+    panel = _PANEL_TILES * panel_units * _PANEL_BYTES[kind]
+    at_sx = _HEAD + (up(slots * ldx) if copied else 0)
+    at_start = at_sx + (up(4 * slots * groups) if integer else 0)
+    at_panel = at_start + (up(4 * slots * groups) if integer else 0)
+    return (out, n, group, units, ldx, at_sx, at_start, at_panel, panel, int(copied)), at_panel + parts * panel
 
-    `packed` uint8 [out, row_bytes] and `scales` int16 [out or 1, groups] (float16 bits) as in `QTensor`; `group_size` 0:
-    one scale per row. All arrays C-contiguous; nothing is checked here.
-    """
-    if uses_threads(packed.shape[0], x.shape[1], x.shape[0]) and get_num_threads() > 1:
-        with ONE_AT_A_TIME:
-            _qmatmul_parallel(packed, scales, bits, group_size, x, y)
-    else:
-        _qmatmul_serial(packed, scales, bits, group_size, x, y)
+
+def jobs_of(tiles: Tiles, integer: bool, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Addresses of the jobs that prepare the activations (0: nothing to do) and multiply."""
+    if integer:
+        return _quantize_job(simd.zero_point(_WAY, tiles.bits)), _integer_job(tiles.bits)
+    return _spread_job() if sizes[-1] else 0, _float_job(tiles.bits)
+
+
+# A product expected to take less runs on one thread.
+PARALLEL_FROM_NS = 100_000
+
+
+def expected_ns(tiles: Tiles, slots: int, active: int, integer: bool) -> float:
+    """A rough time on one thread: bytes of `active` experts at 40 per ns, or products at 300 (float32: 60) per ns, if longer."""
+    per_expert = tiles.nbytes / tiles.codes.shape[0]
+    return max(active * per_expert / 40, slots * tiles.out * tiles.n / (300 if integer else 60))
+
+
+def parts_for(ns: float, most: int | None) -> int:
+    """How many threads to use for a product that takes about `ns` on one, of `most` (None: `set_threads`)."""
+    return 1 if ns < PARALLEL_FROM_NS else threads() if most is None else most
 
 
 def qmatmul_experts(
-    packed: np.ndarray, scales: np.ndarray, bits: int, group_size: int, x: np.ndarray, offsets: np.ndarray, y: np.ndarray
+    tiles: Tiles, x: np.ndarray, offsets: np.ndarray, y: np.ndarray, activations: str = "float32", rows: np.ndarray | None = None
 ) -> None:
-    """Fill `y` float32 [tokens, out]: expert e multiplies the tokens offsets[e] .. offsets[e + 1] - 1 of `x` [tokens, in].
+    """Fill `y` float32 [slots, out]: expert e multiplies the slots offsets[e] .. offsets[e + 1] - 1.
 
-    `packed` uint8 [experts, out, row_bytes], `scales` int16 [experts, out or 1, groups], `offsets` int64 [experts + 1]
-    rising from 0 to tokens (tokens are sorted by expert). An expert without tokens is never unpacked.
+    `x` float32 [slots, n], sorted by expert, or with `rows` int64 [slots] any [tokens, n] of which slot i takes row
+    rows[i]: a token that goes to several experts is not copied. `offsets` int64 [experts + 1] rises from 0 to slots. An
+    expert without slots is never read. Raises ValueError where the arrays do not fit.
     """
-    if uses_threads(packed.shape[1], x.shape[1], x.shape[0], packed.shape[0]) and get_num_threads() > 1:
+    check(tiles, x, y, activations)
+    slots = y.shape[0]
+    if offsets.dtype != np.int64 or offsets.shape != (tiles.codes.shape[0] + 1,) or not offsets.flags.c_contiguous:
+        experts = tiles.codes.shape[0]
+        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}; {experts} experts need contiguous int64 ({experts + 1},)")
+    if offsets[0] != 0 or offsets[-1] != slots or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"offsets run from {offsets[0]} to {offsets[-1]}; they must rise from 0 to the {slots} rows of y")
+    if rows is None:
+        if x.shape[0] != slots:
+            raise ValueError(f"x has {x.shape[0]} rows and y {slots}; without `rows` each row of y has its own row of x")
+    elif rows.dtype != np.int64 or rows.shape != (slots,) or not rows.flags.c_contiguous:
+        raise ValueError(f"rows are {rows.dtype} {rows.shape}; y with {slots} rows needs contiguous int64 ({slots},)")
+    elif slots and not (rows.min() >= 0 and rows.max() < x.shape[0]):
+        raise ValueError(f"rows hold {rows.min()} .. {rows.max()}; x has rows 0 .. {x.shape[0] - 1}")
+    multiply(tiles, x, offsets, y, activations == "int8", _NO_ROWS if rows is None else rows)
+
+
+def qmatmul(tiles: Tiles, x: np.ndarray, y: np.ndarray, activations: str = "float32") -> None:
+    """Fill `y` float32 [tokens, out] with x float32 [tokens, n] times the transposed weight.
+
+    Raises ValueError where shapes, types or memory layout do not fit.
+    """
+    check(tiles, x, y, activations)
+    if tiles.codes.shape[0] != 1:
+        raise ValueError(f"the weight has {tiles.codes.shape[0]} experts: use qmatmul_experts, which takes the tokens of each")
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}: they must agree")
+    multiply(tiles, x, np.array((0, len(x))), y, activations == "int8", _NO_ROWS)
+
+
+def check(tiles: Tiles, x: np.ndarray, y: np.ndarray, activations: str) -> None:
+    for name, a, width in (("x", x, tiles.n), ("y", y, tiles.out)):
+        if a.dtype != np.float32 or a.ndim != 2 or a.shape[1] != width:
+            raise ValueError(f"{name} is {a.dtype} {a.shape}; a weight {tiles.out} x {tiles.n} needs float32 (rows, {width})")
+        if not a.flags.c_contiguous:
+            raise ValueError(f"{name} {a.shape} is not contiguous (strides {a.strides}): pass np.ascontiguousarray({name})")
+    if not y.flags.writeable:
+        raise ValueError("y is read-only; it receives the result")
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+    if activations == "int8" and not tiles.linear:
+        raise ValueError("activations='int8' needs codes that count in equal steps; a table (NF4, say) takes 'float32'")
+    if activations == "int8" and tiles.group > LONGEST_GROUP:
+        raise ValueError(f"{tiles.group} inputs share a scale: their int8 products can leave an int32; use groups or 'float32'")
+
+
+def multiply(
+    tiles: Tiles, x: np.ndarray, offsets: np.ndarray, y: np.ndarray, integer: bool, rows: np.ndarray = _NO_ROWS, most: int | None = None
+) -> None:
+    """`qmatmul_experts` without its checks, for callers that made them once (`layers.py`), on up to `most` threads."""
+    slots = y.shape[0]
+    if not slots or not tiles.out:
+        return
+    if not tiles.n:
+        y[:] = 0
+        return
+    parts = parts_for(expected_ns(tiles, slots, min(slots, tiles.codes.shape[0]), integer), most)
+    sizes, size = numbers(tiles, slots, integer, rows.size > 0, parts)
+    prepare, compute = jobs_of(tiles, integer, sizes)
+    args = (prepare, compute, tiles[:3], sizes, offsets, x, rows, arena(size), y)
+    if parts > 1:
         with ONE_AT_A_TIME:
-            _experts_parallel(packed, scales, bits, group_size, x, offsets, y)
+            _run_threads(*args, parts)
     else:
-        _experts_serial(packed, scales, bits, group_size, x, offsets, y)
+        _run(*args)
