@@ -55,6 +55,9 @@ _emit_read, _emit_multiply = emitted(_read), emitted(_multiply)
 @exact(parallel=True)
 def _read_all(x, y, blocks, parts):
     px, py = x.ctypes.data, y.ctypes.data
+    if parts == 1:  # no launch of threads
+        _emit_read(px, py, blocks)
+        return
     for part in prange(parts):
         first, last = blocks * part // parts, blocks * (part + 1) // parts
         _emit_read(px + first * LINES * VECTOR, py + part * 1024, last - first)
@@ -63,6 +66,9 @@ def _read_all(x, y, blocks, parts):
 @exact(parallel=True)
 def _multiply_all(x, y, rounds, parts):
     px, py = x.ctypes.data, y.ctypes.data
+    if parts == 1:
+        _emit_multiply(px, py, rounds)
+        return
     for part in prange(parts):
         _emit_multiply(px, py + part * 1024, rounds)
 

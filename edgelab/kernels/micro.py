@@ -343,26 +343,53 @@ def quantize(v: Vectors, x, xq, sx, start, lds, groups, group, padded, zero) -> 
             return [b.select(b.icmp_signed(">", bits, carried[0]), bits, carried[0])]
 
         (top,) = _over_group(v, group, [v.ints(0)], largest)
-        top = b.bitcast(v.call(f"llvm.vector.reduce.smax.v{v.lanes}i32", I32, top), F32)
-        scale = b.fdiv(top, ir.Constant(F32, 127.0))
-        inverse = b.fdiv(ir.Constant(F32, 127.0), top)
-        inverse = v.splat(b.select(b.fcmp_ordered(">", top, ir.Constant(F32, 2.0**-100)), inverse, ir.Constant(F32, 0.0)))
-
-        def codes(position, mask, carried):
-            shifted = b.fadd(b.fmul(load(position, mask), inverse), v.floats(magic))
-            q = b.sub(b.bitcast(shifted, v.i32), v.ints(0x4B400000))
-            v.store(b.trunc(q, narrow), to, position)
-            return [b.add(carried[0], q)]
-
         # zeros first, so that the last, partial vector may be stored whole: its end is zeros too
         v.either(b.icmp_signed("<", group, padded), lambda: _zeros(v, to, padded), list)
+        scale, inverse = steps(top)
+
+        def codes(position, mask, carried):
+            return [b.add(carried[0], rounded(load(position, mask), inverse, to, position))]
+
         (total,) = _over_group(v, group, [v.ints(0)], codes)
-        total = v.call(f"llvm.vector.reduce.add.v{v.lanes}i32", I32, total)
-        v.store(scale, sx, v.mul(v.mul(g, lds), 4))
-        v.store(b.mul(total, b.neg(b.trunc(zero, I32))), start, v.mul(v.mul(g, lds), 4))
+        finish(g, scale, total)
         return []
 
-    v.loop(groups, [], one_group)
+    def group_of_32(g, _):  # the usual one: every number is loaded once
+        count = UNIT // v.lanes
+        from_, to = v.at(x, v.mul(g, 4 * UNIT)), v.at(xq, v.mul(g, UNIT))
+        values = [v.load(v.f32, from_, 4 * v.lanes * i) for i in range(count)]
+        tops = [b.and_(b.bitcast(value, v.i32), v.ints(0x7FFFFFFF)) for value in values]
+        scale, inverse = steps(_tree(tops, lambda a, c: b.select(b.icmp_signed(">", a, c), a, c)))
+        total = _tree([rounded(value, inverse, to, v.lanes * i) for i, value in enumerate(values)], b.add)
+        finish(g, scale, total)
+        return []
+
+    def steps(top):
+        top = b.bitcast(v.call(f"llvm.vector.reduce.smax.v{v.lanes}i32", I32, top), F32)
+        inverse = b.fdiv(ir.Constant(F32, 127.0), top)
+        inverse = b.select(b.fcmp_ordered(">", top, ir.Constant(F32, 2.0**-100)), inverse, ir.Constant(F32, 0.0))
+        return b.fdiv(top, ir.Constant(F32, 127.0)), v.splat(inverse)
+
+    def rounded(value, inverse, to, position):
+        q = b.sub(b.bitcast(b.fadd(b.fmul(value, inverse), v.floats(magic)), v.i32), v.ints(0x4B400000))
+        v.store(b.trunc(q, narrow), to, position)
+        return q
+
+    def finish(g, scale, total):
+        total = v.call(f"llvm.vector.reduce.add.v{v.lanes}i32", I32, total)
+        at = v.mul(v.mul(g, lds), 4)
+        v.store(scale, sx, at)
+        v.store(b.mul(total, b.neg(b.trunc(zero, I32))), start, at)
+
+    plain = b.icmp_signed("==", group, v.k(UNIT))
+    v.either(plain, lambda: v.loop(groups, [], group_of_32), lambda: v.loop(groups, [], one_group))
+
+
+def _tree(values: list, join) -> ir.Value:
+    """All of `values` joined, neighbours first."""
+    while len(values) > 1:
+        values = [join(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def spread(v: Vectors, x, xq, groups, group, padded) -> None:

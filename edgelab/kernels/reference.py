@@ -352,7 +352,7 @@ def make_combine(rng: np.random.Generator, *, tokens: int = 5, experts: int = 12
     return rows, order, weights, np.full((tokens, hidden), np.nan, np.float32)
 
 
-# # ------------------------------------------------------------------------------------------------------------- histogram
+# ------------------------------------------------------------------------------------------------------------- histogram
 
 
 def count(x: np.ndarray, width: float, counts: np.ndarray) -> None:

@@ -306,9 +306,16 @@ def emitted(emit, variants: tuple[int, ...] = (), **fixed):
                 given[name] = builder.inttoptr(value, POINTER) if name in POINTERS else value
             if not variants:
                 emit(v, **given)
+                return context.get_dummy_value()
+            after = builder.append_basic_block("done")
             for n in variants:
                 with builder.if_then(builder.icmp_signed("==", tokens, v.k(n))):
                     emit(v, tokens=n, **given)
+                    builder.branch(after)
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.trap"), [])  # no silent nothing
+            builder.unreachable()
+            builder.position_at_end(after)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * len(args)), codegen

@@ -9,9 +9,10 @@ uses of one. The column "in cache" is one row and one copy, again and again.
 Threads. Nothing is pinned. OpenMP's threads (torch, bitsandbytes, llama.cpp) spin for 4 to 9 ms after a parallel region, which on two
 cores are the next contender's: with more than one thread, whoever comes after another library waits until its threads sleep.
 
-A share is of the ceiling that binds: the longer of (bytes of weights and scales / read bandwidth) and (operations / integer peak), over
-the time. Both ceilings are measured in the same run, before each weight (`kernels/ceiling.py`); the best counts. A peer stands
-"beside" our kernel with the same kind of weights and activations: 2.00x is a peer that takes twice as long.
+A share is of the ceiling that binds: the longer of (bytes of weights and scales / read bandwidth) and (operations / peak), over the
+time. The peak is that of integer products; of float32 ones, for float activations, a quarter (see FLOATS). Both ceilings are
+measured in the same run, before and after each weight (`kernels/ceiling.py`); the best counts. A peer stands "beside" our kernel with the
+same kind of weights and activations: 2.00x is a peer that takes twice as long.
 
 Choose with `make bench ARGS="-k '4096x4096 and 1-threads'"`; a number of rows is `-k threads-8-rows`.
 
@@ -40,8 +41,8 @@ from contenders import DENSE, EXPERTS, MIN_COSINE, Absent, Case, Contender
 from rich.console import Console
 from tqdm import tqdm
 
+from edgelab import set_threads
 from edgelab.kernels import simd
-from edgelab.kernels._jit import set_threads
 from edgelab.kernels.ceiling import integer_peak, read_bandwidth
 from edgelab.report import machine
 
@@ -53,11 +54,14 @@ STACK_TOKENS = [1, 128]
 THREADS = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
 OURS = "W4A8 g32"  # what pytest-benchmark times by itself
 
-SECONDS, LONGEST = 2.0, 4.0  # of turns per shape, threads and rows: as many as fit into SECONDS, but
-FEWEST, FEW, MOST = 15, 5, 200  # at least FEWEST where they fit into LONGEST, and FEW anyway
+SECONDS, LONGEST = 1.5, 3.0  # of turns per shape, threads and rows: as many as fit into SECONDS, but
+FEWEST, FEW, MOST = 15, 4, 200  # at least FEWEST where they fit into LONGEST, and FEW anyway
 SHORT = 2e-3  # seconds: a shorter call is made three times in a turn, and the last two count
 PAUSE = 0.010  # seconds until the threads of a library sleep
 SPINNERS = {"torch", "bitsandbytes", "llama.cpp"}
+# Byte products in the time of one float32 product: a vector holds four times as many, and `dot` and fma take turns on the same
+# units; without VNNI, `dot` is three instructions; the portable way has no byte products to speak of.
+FLOATS = {"avx512": 4.0, "avxvnni": 4.0, "sdot": 4.0, "avx2": 4 / 3, "portable": 1.0}
 RESULTS = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, and still the only way
@@ -105,8 +109,10 @@ class Run:
         best = {n: {kind: max(c[kind] for c in found) for kind in found[0]} for n, found in self.ceilings.items() if found}
         for cell in self.cells:
             for row in cell["rows"]:
-                read, work = row["weight_bytes"] / best[cell["threads"]]["read"], row["operations"] / best[cell["threads"]]["integer"]
                 if "ratio" not in row:
+                    factor = FLOATS[simd.way()] if "A16" in row["name"] else 1
+                    read = row["weight_bytes"] / best[cell["threads"]]["read"]
+                    work = row["operations"] * factor / best[cell["threads"]]["integer"]
                     row |= {"share": max(read, work) / row["seconds"], "bound": "read" if read > work else "ops"}
         packages = ["torch", "onnxruntime", "bitsandbytes", "llama-cpp-python", "numba", "llvmlite", "numpy"]
         installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
@@ -133,7 +139,11 @@ def run(request):
     with capture.global_and_fixture_disabled():
         print()
         run = Run(len(mine), whole, capture.global_and_fixture_disabled)
+    before = torch.get_num_threads()
     yield run
+    torch.set_num_threads(before)
+    set_threads(None)
+    run.whole = run.whole and len(run.cells) == len(mine)  # none failed
     report = run.report()
     path = RESULTS / ("matmul.json" if run.whole else "matmul-part.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +198,12 @@ class Setup:
             functions[c.name] = itertools.cycle(c.calls[tokens][:1] if cached else c.calls[tokens])
         single = {}
         for name, turn in functions.items():  # a first look, to choose the number of turns
-            next(turn)()
-            start = time.perf_counter()
-            next(turn)()
-            single[name] = time.perf_counter() - start
+            for _ in range(2):
+                start = time.perf_counter()
+                next(turn)()
+                single[name] = time.perf_counter() - start
+                if single[name] > 0.05:  # long enough to be believed at once
+                    break
         calls = {name: (4, 4) if cached else (1, 2) if t < SHORT else (0, 1) for name, t in single.items()}  # idle, counted
         once = sum(sum(calls[name]) * t for name, t in single.items()) + (PAUSE * len(SPINNERS) if self.case.threads > 1 else 0)
         seconds = SECONDS / 2 if cached else SECONDS
@@ -254,7 +266,7 @@ def dense(request, run):
     rng = torch.Generator().manual_seed(0)
     case = Case(_weight(out, n), _inputs(rng, TOKENS, n), threads)
     with torch.inference_mode():
-        yield from _held(Setup(run, case, DENSE, f"{out} x {n}"))
+        yield from _held(run, Setup(run, case, DENSE, f"{out} x {n}"))
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +283,7 @@ def experts(request, run):
             offsets[tokens].append(np.concatenate([[0], np.cumsum(np.bincount(chosen.ravel().numpy(), minlength=count))]))
     label = f"top {TOP} of {count} experts {STACK[1]} x {n}"
     with torch.inference_mode():
-        yield from _held(Setup(run, Case(_weight(*STACK), xs, request.param, offsets), EXPERTS, label))
+        yield from _held(run, Setup(run, Case(_weight(*STACK), xs, request.param, offsets), EXPERTS, label))
 
 
 _WEIGHTS: dict[tuple[int, ...], torch.Tensor] = {}
@@ -285,8 +297,9 @@ def _weight(*shape: int) -> torch.Tensor:
     return _WEIGHTS[shape]
 
 
-def _held(setup: Setup):
+def _held(run: Run, setup: Setup):
     yield setup
+    run.measure_ceilings(setup.case.threads)
     setup.contenders.clear()
     gc.collect()
 
@@ -308,7 +321,7 @@ def bench_experts(benchmark, run, experts, tokens):
 
 
 def _bench(benchmark, run: Run, setup: Setup, tokens: int) -> None:
-    run.tell(f"{setup.label}, {setup.case.threads} threads: {tokens} rows")
+    run.tell(f"{setup.label}, {setup.case.threads} threads: {tokens} row{'s' * (tokens > 1)}")
     run.cells.append(setup.cell(tokens))
     run.tell("", 1)
     alone = next(c for c in setup.contenders if c.name == OURS)

@@ -67,7 +67,7 @@ class Entry(NamedTuple):
     settings: tuple = ()
 
 
-MIN_COSINE = {32: 0.9999, 16: 0.999, 8: 0.999, 4: 0.99, 3: 0.96, 2: 0.85}  # against the float32 weight; a wrong product is near 0
+MIN_COSINE = {32: 0.9999, 16: 0.999, 8: 0.999, 4: 0.98, 3: 0.96, 2: 0.85}  # with the float32 product; 0 for a wrong one
 # fmt: off
 NF4 = np.array([  # QLoRA (Dettmers et al., 2023), appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -52,13 +52,10 @@ def lines(cells: list[dict]) -> list[list[str]]:
         first = next(iter(rows.values()))
         shown = name if "ratio" in first else f"edgelab {name}"
         line = [shown, first.get("beside", ""), f"{first['weight_bytes'] / 1e6:.3g}", time_text(rows.get(1, {}).get("cached_seconds"))]
-        result.append(
-            line
-            + [
-                f"{time_text(rows[c['tokens']]['seconds'])} {verdict(rows[c['tokens']]):>6s}{'!' * (c['others_busy'] > BUSY)}"
-                for c in cells
-            ]
-        )
+        for cell in cells:
+            row, mark = rows[cell["tokens"]], "!" if cell["others_busy"] > BUSY else ""
+            line.append(f"{time_text(row['seconds'])} {verdict(row):>6s}{mark}")
+        result.append(line)
     return result
 
 
@@ -78,7 +75,7 @@ def notes(report: dict) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"median ms per call, weights from memory (last-level cache {report['last_level_cache'] / 2**20:.0f} MiB; "
         "'in cache': one row, one copy). "
-        "x: a peer's time over that of ours beside it. %r, %o: our share of the ceiling that binds, reading or (integer) operations.",
+        "x: a peer's time over that of ours beside it. %r, %o: our share of the ceiling that binds, reading or operations.",
     ]
     result += [f"left out: {name}: {why}" for name, why in report["absent"].items()]
     busy = [c["others_busy"] for c in report["cells"] if c["others_busy"] > BUSY]
@@ -90,7 +87,7 @@ def notes(report: dict) -> list[str]:
         )
     for ceiling in report["ceilings"]:
         peaks = [c["integer"] / 1e9 for c in ceiling["all"]]
-        if max(peaks) > 1.05 * min(peaks):
+        if max(peaks) > 1.1 * min(peaks):
             loop = f"the same register loop on {ceiling['threads']} thread{'s' * (ceiling['threads'] > 1)}"
             result.append(f"THE MACHINE WAS UNEVEN: {loop} gave {min(peaks):.0f} to {max(peaks):.0f} GOPS in the course of the run")
     return result
