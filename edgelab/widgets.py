@@ -4,13 +4,19 @@ A control has named inputs (dropdowns and number boxes, which a screen reader fi
 table beside it. What goes wrong is shown in the control and kept in `error`.
 """
 
+import math
 from collections.abc import Callable
 from html import escape
 
 import ipywidgets as w
+import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from torch import Tensor
 
+from edgelab import matmul_lab as lab
 from edgelab import plots, words
+from edgelab.methods.rtn import round_to_nearest
 from edgelab.recipe import Recipe
 from edgelab.report import Report
 from edgelab.scheme import BITS, PerChannel, PerGroup, PerTensor, QuantScheme
@@ -172,3 +178,220 @@ def measurer(model, tokenizer, data, *, max_docs, seed: int = 0, baseline: str =
         return evaluate(models, tokenizer, data, sizes={str(scheme): compressed.coverage.predicted_bytes}, **settings)
 
     return measure
+
+
+class MatmulControl:
+    """Bits, granularity, rows and activations in; error, bytes and time of a quantized product out, measured for each choice.
+
+    `weight` [out, in] is rounded to nearest, and its product with `x` float32 [tokens, in] compared with the one in floating
+    point. Time is taken with the codes `repeat` times beside themselves, at the size of a larger model's weight, coming from
+    memory (`matmul_lab.Rotation`), under the roof `roof`. `choose` does from code what the inputs do by hand.
+    """
+
+    MOST_ROWS = 512
+    WORDS = ("weights' errors, computed", "bytes, counted", "speed, measured, under the measured roof")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        x: np.ndarray,
+        roof: lab.Roofline,
+        *,
+        repeat: int = 8,
+        start: str = "int4-g32",
+        rotation: lab.Rotation | None = None,
+        seconds: float = 0.15,
+    ) -> None:
+        self._weight, self._x, self._roof, self._repeat, self._seconds = weight, x, roof, repeat, seconds
+        self._rows_of_x = np.tile(np.resize(x, (self.MOST_ROWS, x.shape[1])), (1, repeat))
+        self._rotation = rotation or lab.Rotation()
+        self._rounded: dict[QuantScheme, tuple] = {}
+        self.points: dict[tuple[QuantScheme, int, str], lab.Point] = {}
+        self.error: Exception | None = None
+        self._busy = False
+        wide = {"description_width": "7em"}
+        sizes = [n for n in (16, 32, 64, 128, 256) if weight.shape[1] % n == 0]
+        kinds = [*((f"group of {n}", PerGroup(n)) for n in sizes), ("row", PerChannel()), ("matrix", PerTensor())]
+        self.bits = w.Dropdown(options=BITS, description="bits", style=wide, layout={"width": "13em"})
+        self.granularity = w.Dropdown(options=kinds, description="one scale per", style=wide, layout={"width": "18em"})
+        self.activations = w.Dropdown(options=("int8", "float32"), description="activations", style=wide, layout={"width": "15em"})
+        self.rows = w.BoundedIntText(1, min=1, max=self.MOST_ROWS, description="rows (tokens)", style=wide, layout={"width": "13em"})
+        most = round(math.log2(self.MOST_ROWS))
+        self.slider = w.IntSlider(0, min=0, max=most, readout=False, continuous_update=False, layout={"width": "12em"})
+        self.sentence, self.table = w.HTML(), w.HTML()
+        self.figure = go.FigureWidget(self._empty())
+        self.choose(start)  # before the observers: an error in the first choice is the caller's, raised at once
+        if self.error is not None:
+            raise self.error
+        self.slider.observe(self._slid, "value")
+        for widget in (self.bits, self.granularity, self.activations, self.rows):
+            widget.observe(lambda _: self._changed(), "value")
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """The scheme that the inputs stand for."""
+        return QuantScheme(self.bits.value, self.granularity.value)
+
+    @property
+    def point(self) -> lab.Point:
+        """What was measured for the present choice."""
+        return self.points[self.scheme, self.rows.value, self.activations.value]
+
+    def choose(self, scheme: QuantScheme | str, rows: int | None = None, activations: str | None = None) -> lab.Point | None:
+        """Set the inputs and return what was measured, None when that was not possible (then `error` says why)."""
+        scheme = QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        self._busy = True
+        try:
+            self.bits.value, self.granularity.value = scheme.bits, scheme.granularity
+            self.rows.value = self.rows.value if rows is None else rows
+            self.activations.value = self.activations.value if activations is None else activations
+        finally:
+            self._busy = False
+        self._changed()
+        return self.point if self.error is None else None
+
+    def _slid(self, change) -> None:
+        """The slider goes by powers of two, the box beside it says any number: they follow one another."""
+        if change.new != self._near():
+            self.rows.value = 2**change.new
+
+    def _near(self) -> int:
+        return round(math.log2(self.rows.value))
+
+    def _changed(self) -> None:
+        if self._busy:
+            return
+        self.slider.value = self._near()
+        try:
+            self._measure()
+            self._draw()
+            self.error = None
+        except Exception as error:  # whatever it is, the reader sees it: a widget's traceback would vanish in a log
+            self.error = error
+            self.sentence.value = f'<p role="alert"><b>{type(error).__name__}:</b> {escape(str(error))}</p>'
+
+    def _measure(self) -> None:
+        scheme, rows, activations = self.scheme, self.rows.value, self.activations.value
+        if scheme not in self._rounded:
+            q = round_to_nearest(self._weight, scheme)
+            errors = lab.weight_error(self._weight, q), lab.output_error(self._weight, q, self._x)
+            self._rounded[scheme] = (lab.repeated(q, self._repeat), *errors, lab.error_outline(self._weight, q))
+        if (scheme, rows, activations) not in self.points:
+            wide = self._rounded[scheme][0]
+            (point,), self._roof = lab.sweep(wide, self._rows_of_x, [rows], self._roof, self._rotation, [activations], self._seconds)
+            self.points[scheme, rows, activations] = point
+            self.points = {key: p.under(self._roof) for key, p in self.points.items()}
+
+    # ------------------------------------------------------------------------------------------------------- figure
+    def _empty(self) -> go.Figure:
+        titles = [t[0].upper() + t[1:] for t in self.WORDS]
+        fig = make_subplots(
+            2,
+            2,
+            specs=[[{}, {}], [{"colspan": 2}, None]],
+            subplot_titles=titles,
+            column_widths=[0.68, 0.32],
+            row_heights=[0.42, 0.58],
+            vertical_spacing=0.2,
+            horizontal_spacing=0.14,
+        )
+        blue, orange, grey = plots.OKABE_ITO[0], plots.OKABE_ITO[1], plots.INK
+        fig.add_scatter(mode="lines", name="the choice before", line={"color": grey, "width": 1}, marker_color=grey, row=1, col=1)
+        fig.add_scatter(mode="lines", name="error", line_color=blue, marker_color=blue, fill="tozeroy", row=1, col=1)
+        fig.add_bar(name="codes", marker_color=blue, row=1, col=2)
+        fig.add_bar(name="scales", marker_color=orange, row=1, col=2)
+        for colour, activations in ((blue, "int8"), (orange, "float32")):
+            line = {"color": colour, "dash": "solid" if activations == "int8" else "dash"}
+            fig.add_scatter(mode="lines", name=f"roof, {activations}", line=line, marker_color=colour, row=2, col=1)
+        for colour, symbol, activations in ((blue, "circle", "int8"), (orange, "square", "float32")):
+            marker = {"color": colour, "symbol": symbol, "line": {"color": "white", "width": 1}}
+            fig.add_scatter(mode="markers", name=f"{activations}, measured", marker=marker, row=2, col=1)
+        fig.update_traces(hovertemplate="%{text}<extra></extra>", selector={"mode": "markers"})
+        fig.update_layout(template=plots.TEMPLATE, height=660, barmode="stack", legend={"y": 1.08}, margin={"t": 100})
+        fig.update_xaxes(title_text="error, in the weights' root mean squares", row=1, col=1)
+        fig.update_yaxes(title_text="% of the weights", rangemode="tozero", row=1, col=1)
+        fig.update_yaxes(title_text="MB", row=1, col=2)
+        fig.update_xaxes(title_text="operations per byte of weights (counted)", type="log", row=2, col=1)
+        fig.update_yaxes(title_text="10<sup>9</sup> operations per second", type="log", row=2, col=1)
+        return fig
+
+    def _draw(self) -> None:
+        wide, *_, (x, y) = self._rounded[self.scheme]
+        before, now, codes, scales, *roofs, int8, float32 = self.figure.data
+        dense = 2 * math.prod(wide.shape)
+        with self.figure.batch_update():
+            if self.scheme != getattr(self, "_drawn", None):
+                before.x, before.y = now.x, now.y
+                now.x, now.y = x, y
+                self._drawn = self.scheme
+            codes.x = scales.x = ["bfloat16", str(self.scheme)]
+            codes.y, scales.y = [dense / 1e6, wide.packed.nbytes / 1e6], [0, wide.scales.nbytes / 1e6]
+            ends = 16 / max(BITS), 16 * self.MOST_ROWS / min(BITS)  # operations per byte: two for each weight and row
+            for trace, activations in zip(roofs, ("int8", "float32"), strict=True):
+                knee = self._roof.peak(activations) / self._roof.read
+                trace.x = x_of_roof = sorted({*ends, min(max(knee, ends[0]), ends[1])})
+                trace.y = [min(self._roof.read * i, self._roof.peak(activations)) / 1e9 for i in x_of_roof]
+            for trace, activations in ((int8, "int8"), (float32, "float32")):
+                mine = [p for p in self.points.values() if p.activations == activations]
+                trace.x = [p.operations / p.nbytes for p in mine]
+                trace.y = [p.operations / p.timing.median / 1e9 for p in mine]
+                trace.text = [f"{p.name}, rows: {p.tokens}<br>{p.timing}<br>{p.share:.2f} of the limit ({p.bound})" for p in mine]
+                trace.marker.size = [16 if p is self.point else 9 for p in mine]
+        self.sentence.value, self.table.value = self.told, self.html
+
+    @property
+    def told(self) -> str:
+        """The present choice in a sentence, as HTML."""
+        p, (wide, error, output, _) = self.point, self._rounded[self.scheme]
+        lost = output.int8_activations if p.activations == "int8" else output.float_activations
+        return (
+            f'<p aria-live="polite"><b>{p.name}, {p.tokens} row{"s" * (p.tokens > 1)} of {p.activations} activations</b>: '
+            f"{p.nbytes / 1e6:.2f} MB for {wide.shape[0]:,} x {wide.shape[1]:,} weights (counted); "
+            f"the weights are off by {100 * error.rms:.3g} %, the outputs by {100 * lost:.3g} % (computed); "
+            f"{p.timing} per call (measured, {p.timing.calls} calls), {p.share:.2f} of what {p.bound} allows: {lab.duration(p.limit)} "
+            f"(computed from the measured ceilings).</p>"
+        )
+
+    @property
+    def html(self) -> str:
+        """All choices so far as an HTML table, a line each."""
+        columns = ("scheme", "rows", "activations", "MB (counted)", "weights off by, % (computed)", "outputs off by, % (computed)")
+        columns += ("time per call, median [quartiles] (measured)", "limit (computed)", "share of the limit")
+        lines = []
+        for (scheme, rows, activations), p in self.points.items():
+            _, error, output, _ = self._rounded[scheme]
+            lost = output.int8_activations if activations == "int8" else output.float_activations
+            cells = (rows, activations, f"{p.nbytes / 1e6:.2f}", f"{100 * error.rms:.3g}", f"{100 * lost:.3g}", p.timing)
+            cells += (f"{lab.duration(p.limit)}, {p.bound}", f"{p.share:.2f}")
+            lines.append(f'<tr><th scope="row">{scheme}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
+        head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+        return f"<table><caption>Choices so far</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+    def static(self) -> list[go.Figure]:
+        """The present figure's parts as plain ones, for `plots.show` (a widget is empty on a code host)."""
+        drawn = self.figure
+        parts = []
+        for title, axis, traces in zip(self.WORDS, ("", "2", "3"), (drawn.data[:2], drawn.data[2:4], drawn.data[4:]), strict=True):
+            axes = {
+                name: {"title": {"text": a.title.text.replace("<sup>9</sup>", "⁹") if a.title.text else ""}, "type": a.type}
+                for name in ("xaxis", "yaxis")
+                for a in (drawn.layout[name + axis],)
+            }
+            title = title[0].upper() + title[1:]
+            if axis != "3":
+                title += f", {self.scheme}"
+            fig = go.Figure(layout={"template": plots.TEMPLATE, "title": {"text": title}, "barmode": "stack", **axes})
+            for trace in traces:
+                if trace.x is not None and len(trace.x):
+                    trace = trace.to_plotly_json() | {"xaxis": "x", "yaxis": "y"}
+                    if trace.get("mode") == "markers":
+                        trace["marker"] = trace["marker"] | {"size": 9}
+                    fig.add_trace(trace)
+            parts.append(fig)
+        return parts
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        inputs = [self.bits, self.granularity, self.activations, self.rows, self.slider]
+        display(w.VBox([w.HBox(inputs, layout={"flex_flow": "row wrap"}), self.sentence, self.figure, self.table]))

@@ -34,7 +34,7 @@ GRANULARITIES = {
     "g128": {"group_size": 128},
 }
 # out, n, tokens: one of each, odd everything, no token, around a tile of 16 rows and a panel of 32, more inputs than a panel's 512,
-# and with so many outputs as fill no tile every number of rows up to 14: each way has its own blocks of rows
+# every number of rows up to 14, and some above the 32 up to which a way may unpack codes again for each block of rows
 SHAPES = [
     (1, 1, 1),
     (16, 32, 1),
@@ -47,7 +47,7 @@ SHAPES = [
     (33, 1100, 45),
     (65, 31, 5),
 ]
-SHAPES += [(20, 40, tokens) for tokens in range(15)]
+SHAPES += [(20, 40, tokens) for tokens in (*range(15), 33, 35, 37, 41, 150)]
 
 
 def fitting(n: int, group_size: int) -> int:
@@ -95,7 +95,7 @@ def test_codes_of_a_table_equal_their_twin(name, bits):
 @pytest.mark.parametrize("name", ["qmatmul_experts", "qmatmul_experts_int8"])
 def test_slots_may_take_any_rows_of_x(name):
     kernel, _, make = PAIRS[name]
-    for tokens in (0, 1, 6, 40):
+    for tokens in (0, 1, 6, 150):
         assert close(*both(name, out=40, n=96, tokens=tokens, gather=True))
         tiles, x, offsets, rows, y = make(np.random.default_rng(2), out=40, n=96, tokens=tokens, gather=True)
         kernel(tiles, x, offsets, rows, y)
@@ -108,7 +108,7 @@ def test_slots_may_take_any_rows_of_x(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_rounds_where_all_sums_are_whole(name, bits):
     """Scales of 1 and 1/2 and sums below 2**24: whatever the order and the instruction, the result is the twin's, bit for bit."""
-    for out, n, tokens, group_size in [(33, 256, 1, 32), (16, 256, 8, 0), (17, 256, 13, 128), (50, 61, 30, 0), (40, 70, 7, 7)]:
+    for out, n, tokens, group_size in [(33, 256, 1, 32), (16, 256, 8, 0), (17, 256, 37, 128), (50, 61, 40, 0), (40, 70, 7, 7)]:
         comp, ref, _ = both(name, bits=bits, out=out, n=n, tokens=tokens, group_size=group_size, exact=True)
         assert np.abs(ref).max() > 100
         np.testing.assert_array_equal(comp, ref)
@@ -131,9 +131,9 @@ def test_bound_rejects_a_wrong_code(name):
 def test_a_row_gives_the_same_bits_alone_and_among_others(name, group_size):
     """Few rows and many go different ways through the code; with int8 activations both do the same float operations."""
     kernel, _, make = PAIRS[name]
-    tiles, x, *rest, y = make(np.random.default_rng(3), out=50, n=1088, tokens=40, group_size=group_size)
+    tiles, x, *rest, y = make(np.random.default_rng(3), out=50, n=1088, tokens=100, group_size=group_size)
     kernel(tiles, x, *rest, y)
-    experts = np.repeat(np.arange(len(tiles.codes)), np.diff(rest[0])) if rest else np.zeros(40, int)
+    experts = np.repeat(np.arange(len(tiles.codes)), np.diff(rest[0])) if rest else np.zeros(100, int)
     for t, e in enumerate(experts):
         alone = np.full((1, 50), np.nan, np.float32)
         qmatmul(tiles._replace(codes=tiles.codes[e : e + 1], scales=tiles.scales[e : e + 1]), x[t : t + 1], alone, "int8")
@@ -164,7 +164,7 @@ def test_every_finite_float16_scale_is_read_exactly():
     tiles = tile(np.full((half.size, 1), 9, np.uint8), half.view(np.int16)[:, None], 4, 0, 1)
     for flush in (False, True):
         for activations, x in (("float32", 1), ("int8", 127)):  # absmax 127: the scale of the activation is 1
-            for tokens in (1, 13):
+            for tokens in (1, 40):
                 y = np.full((tokens, half.size), np.nan, np.float32)
                 torch.set_flush_denormal(flush)
                 try:
@@ -228,7 +228,7 @@ def test_result_does_not_depend_on_the_threads():
         matmul.PARALLEL_FROM_NS = 0
         for name in NAMES:
             kernel, _, make = PAIRS[name]
-            for sizes in ({"out": 333, "n": 512, "tokens": 37}, {"out": 70, "n": 96, "tokens": 3}, {"out": 20, "n": 1056, "tokens": 60}):
+            for sizes in ({"out": 333, "n": 512, "tokens": 80}, {"out": 70, "n": 96, "tokens": 3}, {"out": 20, "n": 1056, "tokens": 150}):
                 args = make(np.random.default_rng(3), **sizes)
                 results = []
                 for threads in (1, 2, 3):
@@ -369,7 +369,7 @@ def run_guarded(at_end: bool, widths: tuple[int, ...] = (2, 3, 4, 8)) -> None:
     guarded = Guarded(at_end)
     matmul.arena = lambda size: guarded.empty((size,), np.uint8)
     matmul.PARALLEL_FROM_NS = 0
-    shapes = [(1, 1, 1), (17, 61, 3), (33, 96, 7), (40, 35, 9), (20, 640, 13), (16, 32, 2)]
+    shapes = [(1, 1, 1), (17, 61, 3), (33, 96, 7), (40, 35, 9), (20, 640, 13), (16, 32, 2), (17, 40, 40)]
     for name, bits, group_size, (out, n, tokens), parts in itertools.product(NAMES, widths, (0, 5, 32), shapes, (1, 2)):
         set_threads(parts)
         kernel, reference, make = PAIRS[name]
@@ -409,7 +409,7 @@ def test_a_step_outside_would_be_seen(edge, index):
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_write_y_and_nothing_beside_it(name):
     kernel, _, make = PAIRS[name]
-    for out, tokens in ((1, 1), (17, 3), (33, 9), (20, 13)):
+    for out, tokens in ((1, 1), (17, 3), (33, 9), (20, 40)):
         *args, y = make(np.random.default_rng(6), out=out, n=96, tokens=tokens)
         kernel(*args, y)
         memory = np.full(y.size + 256, -12345.0, np.float32)
@@ -443,7 +443,7 @@ def test_experts_without_tokens_are_not_even_touched():
 
         for name in NAMES[2:]:
             kernel, _, make = PAIRS[name]
-            for tokens in (3, 30):
+            for tokens in (3, 150):
                 tiles, *args = make(np.random.default_rng(1), experts=6, tokens=tokens, out=32, n=2048)
                 kernel(tiles, *args)
                 expected = args[-1].tobytes()
@@ -596,7 +596,7 @@ def test_the_longest_group_still_sums_to_an_int32():
     n = matmul.LONGEST_GROUP
     tiles = tile(np.zeros((1, n), np.uint8), np.full((1, 1), 2.0**-24).astype(np.float16).view(np.int16), 8, 0, n)
     for sign in (1, -1):
-        for tokens in (1, 13):
+        for tokens in (1, 40):
             y = np.full((tokens, 1), np.nan, np.float32)
             qmatmul(tiles, np.full((tokens, n), 127 * sign, np.float32), y, "int8")
             assert (y == -sign * 128 * 127 * n * 2.0**-24).all()

@@ -20,7 +20,6 @@ import operator
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numba
@@ -38,11 +37,10 @@ APPROX = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 _chosen: int | None = None
 
 
-@cache
-def _digest() -> str:
-    """Of the sources of all kernels."""
-    parts = [path.name.encode() + path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+# of the sources of all kernels, read at import: the sources that this process runs
+_DIGEST = hashlib.sha256(
+    b"\0".join(path.name.encode() + path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
 
 
 class _Cache(FunctionCache):
@@ -53,7 +51,7 @@ class _Cache(FunctionCache):
         self._variant = variant
 
     def _index_key(self, sig, codegen):
-        return sig, codegen.magic_tuple(), self._variant, simd.way(), _digest()
+        return sig, codegen.magic_tuple(), self._variant, simd.way(), _DIGEST
 
 
 def exact(function=None, *, parallel: bool = False, variant: object = None):

@@ -12,8 +12,9 @@ import numpy as np
 
 from edgelab.kernels import micro
 from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job
-from edgelab.kernels.matmul import OUT, PLAN, SLOTS, X, Y, arena, check, each, expected_ns, jobs_of, numbers, parts_for, plan, up
+from edgelab.kernels.matmul import OUT, PLAN, SLOTS, X, Y, arena, check, expected_ns, jobs_of, numbers, plan, up, workers_for
 from edgelab.kernels.pack import Tiles
+from edgelab.kernels.pool import each, parts_of, ready
 from edgelab.kernels.router import _combine_kernel, _dispatch_kernel
 from edgelab.kernels.simd import call, emitted
 
@@ -82,18 +83,18 @@ def _serial(jobs, first, second, places, x, indices, weights, arena, out, expert
 
 
 @exact
-def _threaded(jobs, first, second, places, x, indices, weights, arena, out, experts, inner, parts):
+def _threaded(jobs, first, second, places, x, indices, weights, arena, out, experts, inner, state, parts, workers):
     hidden, a = out.shape[1], arena.ctypes.data
     wrong = _prepare(first, second, places, x, indices, arena, experts, hidden, inner)
     if wrong >= 0:
         return wrong
     if jobs[0]:
-        each(jobs[0], a + places[7], parts)
-    each(jobs[1], a + places[7], parts)
-    each(jobs[2], a + places[6], parts)
+        each(state, jobs[0], a + places[7], parts, workers)
+    each(state, jobs[1], a + places[7], parts, workers)
+    each(state, jobs[2], a + places[6], parts, workers)
     if jobs[3]:
-        each(jobs[3], a + places[8], parts)
-    each(jobs[4], a + places[8], parts)
+        each(state, jobs[3], a + places[8], parts, workers)
+    each(state, jobs[4], a + places[8], parts, workers)
     _gather(places, indices, weights, arena, experts, hidden, out)
     return -1
 
@@ -142,16 +143,17 @@ def run(gate_up: Tiles, down: Tiles, x, indices, weights, out, integer: bool, mo
         out[:] = 0
         return
     active = min(slots, experts)
-    parts = parts_for(expected_ns(gate_up, slots, active, integer) + expected_ns(down, slots, active, integer), most)
+    workers = workers_for(expected_ns(gate_up, slots, active, integer) + expected_ns(down, slots, active, integer), most)
+    parts = parts_of(workers)
     numbers1, size1 = numbers(gate_up, slots, integer, True, parts)
     numbers2, size2 = numbers(down, slots, integer, False, parts)
     places, size = _places(slots, experts, gate_up.n, inner, size1, size2)
     jobs = (*jobs_of(gate_up, integer, numbers1), _glu_job(), *jobs_of(down, integer, numbers2))
     first, second = (gate_up[:3], numbers1), (down[:3], numbers2)
     args = (jobs, first, second, places, x, indices, weights, arena(size), out, experts, inner)
-    if parts > 1:
+    if workers:
         with ONE_AT_A_TIME:
-            wrong = _threaded(*args, parts)
+            wrong = _threaded(*args, ready(workers), parts, workers)
     else:
         wrong = _serial(*args)
     if wrong >= 0:

@@ -25,10 +25,10 @@ from edgelab.kernels.simd import F32, I8, I32, Vectors
 # Columns of a panel, and the rows of x taken at once: as many sums as the registers hold (32 vectors on AVX-512 and Arm,
 # 16 on AVX2), each column's load serving all rows and each row's broadcast all columns.
 COLUMNS = {"avx512": 2, "avxvnni": 2, "avx2": 2, "sdot": 4, "portable": 4}
-# More than FEW[0] rows are dealt out evenly over blocks of at most MANY[0]: 128 rows are 18 blocks of six and four of five.
+# Rows of x are dealt out evenly over blocks of at most MANY[0] or FEW[0]: 128 rows are 18 blocks of six and four of five.
 MANY = {"avx512": (6, 5, 4, 3), "avxvnni": (3, 2), "avx2": (2, 1), "sdot": (3, 2), "portable": (2, 1)}
-FEW = {"avx512": (8, 4, 2, 1), "avxvnni": (2, 1), "avx2": (2, 1), "sdot": (2, 1), "portable": (2, 1)}
-AHEAD = 4096  # bytes of codes that a prefetch runs ahead of the products
+FEW = {"avx512": (8, 7, 6, 5, 4, 3, 2, 1), "avxvnni": (3, 2, 1), "avx2": (2, 1), "sdot": (3, 2, 1), "portable": (2, 1)}
+AHEAD = 6144  # bytes of codes that a prefetch runs ahead of the products
 
 
 def _quads(v: Vectors, bits: int, stored: int, codes: ir.Value, *offset) -> Iterator[ir.Value]:

@@ -320,10 +320,17 @@ def emitted(emit, variants: tuple[int, ...] = (), **fixed):
 
         return types.void(*[types.int64] * len(args)), codegen
 
-    # numba reads the number of arguments off the signature, and would fold `*args` into one tuple
-    spelled = ["typingctx", *["tokens"] * bool(variants), *names]
-    typed.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in spelled])
-    typed.__name__ = emit.__name__
+    return spelled(typed, [*["tokens"] * bool(variants), *names], emit.__name__)
+
+
+def spelled(typed: Callable, names: list[str], name: str):
+    """The intrinsic of `typed` (typingctx, *args) with as many arguments as there are `names`.
+
+    numba reads their number off the signature, and would fold `*args` into one tuple.
+    """
+    parameters = [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in ("typingctx", *names)]
+    typed.__signature__ = inspect.Signature(parameters)
+    typed.__name__ = name
     return intrinsic(typed)
 
 

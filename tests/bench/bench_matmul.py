@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import contenders
+import ggml
 import numpy as np
 import psutil
 import pytest
@@ -116,12 +117,14 @@ class Run:
                     row |= {"share": max(read, work) / row["seconds"], "bound": "read" if read > work else "ops"}
         packages = ["torch", "onnxruntime", "bitsandbytes", "llama-cpp-python", "numba", "llvmlite", "numpy"]
         installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {name: installed[name] for name in packages if name in installed}
+        versions |= {"ggml": ggml.version()} if ggml.version() else {}
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "simd": simd.way(),
             "last_level_cache": contenders.last_level_cache(),
-            "versions": {name: installed[name] for name in packages if name in installed},
+            "versions": versions,
             "whole": self.whole,
             "seconds": round(time.perf_counter() - self.start, 1),
             "ceilings": [{"threads": n, **best[n], "all": self.ceilings[n]} for n in best],

@@ -22,6 +22,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import ggml
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -320,8 +321,6 @@ def _bound_run(session, x, y) -> Callable:
 
 
 def llama_cpp(case: Case, kind: str):
-    import ggml
-
     try:
         backend = ggml.Ggml(case.threads)
     except ImportError as error:

@@ -65,8 +65,20 @@ def folder() -> Path | None:
     return next((Path(p) for p in places if p and (Path(p) / "libggml-cpu.so").is_file()), None)
 
 
+def version() -> str | None:
+    """Of the library that `Ggml` uses; None where there is none."""
+    found = folder()
+    if found is None:
+        return None
+    base = c.CDLL(str(found / "libggml-base.so"))
+    if not hasattr(base, "ggml_version"):
+        return "unknown"
+    base.ggml_version.restype = c.c_char_p
+    return base.ggml_version().decode()
+
+
 class Ggml:
-    """llama.cpp's CPU backend with its number of threads. `close()` gives back all memory that it took."""
+    """llama.cpp's CPU backend with its number of threads. Its memory goes back when it and all functions it made are gone."""
 
     def __init__(self, threads: int) -> None:
         found = folder()
@@ -117,7 +129,9 @@ class Ggml:
             runs[tokens] = self._run(graph, array)
         return runs
 
-    def close(self) -> None:
+    def __del__(self) -> None:
+        if not hasattr(self, "outputs"):  # it was not made
+            return
         for buffer in self.buffers:
             self.backend_buffer_free(buffer)
         for context in self.contexts:
@@ -149,10 +163,8 @@ class Ggml:
         return w
 
     def _run(self, graph: int, y: np.ndarray) -> Callable[[], np.ndarray]:
-        compute, backend = self.backend_graph_compute, self.backend
-
         def run() -> np.ndarray:
-            compute(backend, graph)
+            self.backend_graph_compute(self.backend, graph)
             return y
 
         return run
