@@ -726,8 +726,8 @@ def size(models: Mapping[str, torch.nn.Module], *, baseline: str | None = None, 
 
 
 def _threads() -> str:
-    numba = sys.modules.get("numba")
-    return f"torch {torch.get_num_threads()} threads" + (f", numba {numba.get_num_threads()}" if numba else "")
+    layers = sys.modules.get("edgelab.layers")
+    return f"torch {torch.get_num_threads()} threads" + (f", kernels {layers.kernel_threads()}" if layers else "")
 
 
 def speed(

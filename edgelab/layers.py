@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from edgelab.kernels._jit import threads, threads_are_chosen
 from edgelab.kernels.experts import run as run_experts
-from edgelab.kernels.matmul import LONGEST_GROUP, multiply
+from edgelab.kernels.matmul import ACTIVATIONS, LONGEST_GROUP, multiply
 from edgelab.kernels.pack import Tiles, tile
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
@@ -42,6 +42,16 @@ def set_kernel(name: str) -> str:
         raise ValueError(f"kernel={name!r} is not known; use one of {', '.join(KERNELS)}")
     before, Quantized.kernel = Quantized.kernel, name
     return before
+
+
+def set_activations(model: nn.Module, activations: str) -> int:
+    """The number of quantized layers of `model` that from now on take `activations`: "float32" or "int8", on the CPU's kernels."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+    found = [m for m in model.modules() if isinstance(m, Quantized) and not isinstance(m, QEmbedding)]
+    for layer in found:
+        layer.kernel = "numba-int8" if activations == "int8" else "numba"
+    return len(found)
 
 
 def dequantize(packed: Tensor, scales: Tensor, scheme: QuantScheme, in_features: int) -> Tensor:
@@ -229,7 +239,7 @@ class QLinear(Quantized):
             rows = _rows(x)
             y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32)
             flat = y.numpy().reshape(-1, self.out_features)
-            multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=_most())
+            multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=kernel_threads())
         else:
             with _float32(x.device):
                 y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
@@ -362,7 +372,7 @@ class QExperts(Quantized):
                 top_k_weights.detach().to(torch.float32).contiguous().numpy(),
                 out.numpy(),
                 self._integer("gate_up_proj", "down_proj"),
-                _most(),
+                kernel_threads(),
                 "top_k_index",
             )
             return out.to(hidden_states.dtype)
@@ -389,7 +399,7 @@ class QExperts(Quantized):
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
             y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32)
-            multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=_most())
+            multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=kernel_threads())
             if bias is not None:
                 y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
             x = self._glu(y) if name == "gate_up_proj" else y
@@ -445,6 +455,6 @@ def _version(*tensors: Tensor) -> tuple:
     return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
 
 
-def _most() -> int:
-    """Threads that a kernel may use: `edgelab.set_threads`, else as `torch.set_num_threads` says."""
+def kernel_threads() -> int:
+    """Threads that a layer's kernels may use: as `edgelab.set_threads` says, else as `torch.set_num_threads`."""
     return threads() if threads_are_chosen() else min(torch.get_num_threads(), threads())

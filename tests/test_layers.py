@@ -473,3 +473,18 @@ def test_tiles_follow_the_buffers(kernel):
         made(x)
         made.load_state_dict(QLinear(other).state_dict())
         close(made(x), plain(other)(x))
+
+
+@torch.no_grad()
+def test_set_activations_switches_the_layers_of_one_model():
+    from edgelab.layers import set_activations
+
+    q, x = quantized(20, 64), torch.randn(3, 64)
+    model, other = nn.Sequential(QLinear(q), nn.ReLU(), nn.Linear(20, 4)), QLinear(q)
+    plain_y = model[0](x)
+    assert set_activations(model, "int8") == 1
+    assert not torch.equal(model[0](x), plain_y) and torch.equal(other(x), plain_y)
+    assert set_activations(model, "float32") == 1 and torch.equal(model[0](x), plain_y)
+    assert set_activations(nn.Linear(3, 3), "int8") == 0
+    with pytest.raises(ValueError, match="activations='int4' is not known; use one of float32, int8"):
+        set_activations(model, "int4")

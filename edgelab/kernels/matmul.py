@@ -330,7 +330,7 @@ def jobs_of(tiles: Tiles, integer: bool, sizes: tuple[int, ...]) -> tuple[int, i
 
 
 # A product expected to take less runs on one thread.
-PARALLEL_FROM_NS = 100_000
+PARALLEL_FROM_NS = 20_000
 
 
 def expected_ns(tiles: Tiles, slots: int, active: int, integer: bool) -> float:

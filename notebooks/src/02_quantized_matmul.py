@@ -1,0 +1,273 @@
+# %% [markdown]
+# # 02 · The quantized product
+#
+# **Claim: a model that writes one token at a time waits for its weights, not for its arithmetic; so a product with 4-bit
+# weights takes about as long as reading them, many times less than unpacking them first, and gives the same answer.**
+#
+# After this notebook you can
+#
+# 1. say from two measured numbers how long a product takes at least, and which of them binds it,
+# 2. find the number of tokens from which on arithmetic, not memory, is what counts,
+# 3. recognise a benchmark that measured the cache,
+# 4. read the layout of packed weights, bit by bit,
+# 5. choose between one scale per matrix, row and group, with the error and the bytes of each in hand,
+# 6. say what quantizing the activations costs on top, and prove that a fast kernel computes what it should.
+#
+# *Before you start*: [00, start here](00_start_here.ipynb); scale × (code − zero point) from
+# [01](01_compress_evaluate_export.ipynb). *Takes* about half a minute on two cores and 2 GB of memory (the very first run
+# some seconds more: kernels are compiled once and kept). Every cell may be run again. All times are medians with their quartiles, and
+# belong to the machine named below; close what else is at work before you believe them.
+
+# %%
+import numpy as np
+import torch
+from IPython.display import HTML, Markdown, display
+
+from edgelab import QuantScheme, data, plots, set_threads, words
+from edgelab import matmul_lab as lab
+from edgelab.kernels.reference import PAIRS
+from edgelab.methods.rtn import round_to_nearest
+from edgelab.model import load, load_tokenizer
+from edgelab.paths import data_dir
+from edgelab.report import machine
+from edgelab.tile_picture import TilePicture
+from edgelab.widgets import MatmulControl
+
+# %% tags=["parameters"]
+model_dir = str(data_dir() / "edge-moe")  # any folder with a Hugging Face causal language model
+tokens = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]  # rows of activations to measure
+repeat = 8  # how often the weight stands beside itself where time is measured
+threads = 1
+seed = 0
+
+# %% [markdown]
+# The weight of this notebook is the model's output head: it turns each token's hidden state into one number per word of
+# the vocabulary. The activations are hidden states that the model really computed, on text it was not trained on. For *time*, the weight stands beside
+# itself a few times, so that it is as large as one of a phone's model; errors are those of the weight itself.
+
+# %%
+set_threads(threads)
+model, tokenizer = load(model_dir), load_tokenizer(model_dir)
+text = "\n".join(row["text"] for row in data.corpus()["test"].select(range(24)))
+ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+with torch.no_grad():
+    answer = model(ids, output_hidden_states=True)
+weight, x = model.lm_head.weight.detach().float(), answer.hidden_states[-1][0].float().numpy()
+assert np.allclose(x @ weight.numpy().T, answer.logits[0].numpy(), atol=1e-3), "these are not the head's inputs"
+wide_x = np.tile(np.resize(x, (max(tokens), x.shape[1])), (1, repeat))  # as many rows as we need, as wide as the repeated weight
+four_bits = lab.repeated(round_to_nearest(weight, QuantScheme.parse("int4-g32")), repeat)
+print(machine())
+print(f"the head: {tuple(weight.shape)}; activations {x.shape}; for time: {four_bits}")
+
+# %% [markdown]
+# ## 1. Two ceilings
+#
+# A product of *t* rows of activations with an *m* × *n* weight does 2·*t*·*m*·*n* operations (a multiplication and an addition each) and
+# reads the weight once, whatever *t* is. So the **operations per byte** grow with *t*. A processor has one ceiling for each: bytes
+# per second from memory, operations per second. Whichever takes longer binds: that is the **roofline**.
+#
+# **Predict.** How many operations can one core do in the time in which it reads one byte from memory: 1, 25, or 1,000?
+
+# %%
+roof = lab.measure_roofline()
+print(roof)
+print(f"in the time of one byte: {roof.integer / roof.read:.0f} operations on bytes, {roof.floats / roof.read:.0f} on floats")
+for bits in (4.5, 8.5, 32):
+    needs = f"{16 / bits:.1f} operations per byte for one token"
+    print(f"{bits:4} bits per weight: {needs}; int8 arithmetic binds from {roof.crossover(bits, 'int8'):.1f} tokens on (computed)")
+
+# %% [markdown]
+# **Explain.** Decoding uses each weight once per token, for two operations; the core could do many more while the byte
+# arrives. It waits. Nothing that saves arithmetic makes decoding faster; whatever saves *bytes* does. A prompt has hundreds of
+# tokens that share each weight: there arithmetic binds, and smaller weights help little.
+
+# %% [markdown]
+# ## 2. Predicted against measured
+#
+# Activations stay float32 (weight-only, "W4A16") or are themselves rounded to 8 bits on the way in ("W4A8"), group by group,
+# so that the products are those of integers, which the processor does several times as fast.
+#
+# **Predict.** From 1 token to 8, the work grows eightfold. How much longer does the product with int8 activations take?
+
+# %%
+rotation = lab.Rotation()
+points, roof = lab.sweep(four_bits, wide_x, tokens, roof, rotation)
+sentence = lab.say_times(points, roof)
+plots.show(lab.time_against_tokens(points, roof), sentence)
+display(Markdown(sentence))
+display(Markdown(words.markdown([p.row for p in points])))
+
+# %% [markdown]
+# **Look.** Left of the knee the line is flat: reading the weights takes as long for one token as for several. Right of it time
+# grows with the tokens. A share of 1 would be the roof itself.
+#
+# **Explain.** The limit is a bound, not a forecast. Around the knee a kernel pays for both, since reading and computing do not overlap perfectly; with
+# float32 activations it must also turn each code into a float. The limit counts the weights alone: activations
+# and results are small beside them for few tokens, and stay in the cache. Ceilings are the best seen here: neighbours
+# share the memory, and one measurement may lie a third too low.
+
+# %% [markdown]
+# **The first control that must fail: the same weight again and again.** Most benchmarks multiply by one weight in a loop.
+# After the first round it lies in the cache, and memory is not measured at all.
+#
+# **Predict.** Which share of the *memory* limit does such a benchmark report: 0.9, or more than 1?
+
+# %%
+cache = lab.cached_and_not(four_bits, wide_x[:1], roof, rotation)
+for name, p in cache.items():
+    print(f"{name:14}  {p.timing}   {p.nbytes / p.timing.median / 1e9:6.1f} GB/s   {p.share:.2f} of the memory limit")
+print(
+    f"last cache {lab.last_level_cache() / 1e6:.0f} MB, the weight {four_bits.nbytes / 1e6:.1f} MB, copies in turn {rotation.nbytes / 1e6:.0f} MB"
+)
+assert cache["from the cache"].timing.median < cache["from memory"].timing.median
+
+# %% [markdown]
+# **Explain.** A share above 1 is impossible, so something else was measured. A real model reads hundreds of MB between two
+# uses of the same weight. So here every call takes the next of many copies, which together are far larger than the cache.
+
+# %% [markdown]
+# ## 3. The baseline: unpack, then multiply
+#
+# The obvious way to use packed weights is to make floats of them and multiply those.
+#
+# **Predict.** It computes the same. How much longer does it take for one token: 2, 20 or 200 times?
+
+# %%
+times = lab.contest(four_bits, wide_x[:1], rotation)
+best = times["kernel, int8 activations"].median
+display(
+    Markdown(
+        words.markdown([{"one token": k, "time (measured)": str(t), "times as long": f"{t.median / best:,.1f}"} for k, t in times.items()])
+    )
+)
+assert times["dequantize, then multiply, NumPy"].median > 3 * best
+
+# %% [markdown]
+# **Explain.** Unpacking writes eight times the bytes that it read, and reads them again to multiply. Weights kept in float32
+# are read once, but there are seven times as many bytes. The kernel reads each packed byte once and unpacks it in
+# registers. That is the whole secret.
+
+# %% [markdown]
+# ## 4. The same answer
+#
+# Each kernel has a twin in `kernels/reference.py`, a few lines of NumPy that say what it computes. Integer sums must agree
+# exactly; float sums may differ by what rounding in another order can do, a bound that is derived beside the twin.
+
+# %%
+display(Markdown(words.markdown([c.row for c in lab.compare_all(seed)])))
+assert all(c.agrees for c in lab.compare_all(seed))
+
+# %% [markdown]
+# **The second control that must fail: one flipped bit.** Of all the bits of the weight below one is flipped, the lowest of one code, before the
+# kernel sees it.
+#
+# **Predict.** Does a check with a tolerance notice one bit?
+
+# %%
+arguments = PAIRS["qmatmul"][2](np.random.default_rng(seed), bits=4, exact=True)
+honest = lab.compare("qmatmul", arguments)
+broken = lab.compare("qmatmul", arguments, given=lab.with_a_flipped_bit(arguments))
+display(Markdown(words.markdown([honest.row, broken.row | {"kernel": "qmatmul, one bit flipped"}])))
+assert honest.agrees and not broken.agrees, "the check would let a wrong kernel pass"
+
+# %% [markdown]
+# ## 5. Where the bits lie
+#
+# A kernel wants, in one load, codes that many output rows can multiply with the same inputs. So 16 rows form a *tile*: row *r* owns
+# bytes 4*r* .. 4*r* + 3 of each 64-byte vector, and its sum never leaves that lane.
+#
+# **Predict.** At 4 bits a byte holds two codes of one row. Are they neighbours, inputs 0 and 1?
+
+# %%
+picture = TilePicture()
+display(picture)
+display(Markdown(picture.sentence))
+
+# %% [markdown]
+# **Look.** Each block is one code, with the number of its input; a colour is four neighbouring inputs. The picture is not drawn by hand: every bit of every code
+# was set alone, laid out by `kernels/pack.py`, and looked up.
+#
+# **Explain.** They are four inputs apart. The instruction that matters multiplies four neighbouring *bytes* with four
+# neighbouring activations and adds the four products to a 32-bit sum. With inputs 0 .. 3 in the low halves and 4 .. 7 in the
+# high ones, a mask makes one operand and a shift the other, and no code is ever moved sideways. Three bits are two and one: the
+# third bits of eight quads fill a vector of their own.
+
+# %% [markdown]
+# ## 6. What the codes cost: one scale per matrix, row or group
+#
+# The largest weight of its scale sets the step for all that share it. A scale takes 16 bits.
+#
+# **Predict.** Which is better at nearly the same bytes: 4 bits with a scale for every 16 weights (5 bits per weight), or
+# 8 bits with one scale for the whole matrix? And 3 bits per group of 32, against 4 bits per row?
+
+# %%
+kinds = ("tensor", "row", "g128", "g32", "g16")
+errors = lab.weight_errors(weight, [f"int{bits}-{kind}" for kind in kinds for bits in (2, 3, 4, 8)])
+plots.show(lab.error_against_bits(errors), lab.say_errors(errors))
+display(Markdown(lab.say_errors(errors)))
+display(Markdown(words.markdown([e.row for e in errors])))
+
+# %% [markdown]
+# **Explain.** Every bit halves the step, and so the error. A scale of one's own for fewer weights helps because the largest of 16 weights is
+# smaller than the largest of a matrix: the more uneven a weight, the more. At 2 and 3 bits a good scale is worth more than
+# what it takes; at 8 bits a row's scale is nearly enough. Errors are computed and bytes are counted: both are the same on every machine.
+
+# %% [markdown]
+# ## 7. What int8 activations cost on top
+#
+# **Predict.** The weights are off by several per cent already. By how much does rounding the activations to 8 bits move the
+# outputs?
+
+# %%
+outputs = lab.output_errors(weight, x, ["int8-row", "int8-g32", "int4-row", "int4-g32", "int3-g32", "int2-g32"])
+display(Markdown(words.markdown([o.row for o in outputs])))
+by_scheme = {str(o.scheme): o for o in outputs}
+assert by_scheme["int4-g32"].between < by_scheme["int4-g32"].float_activations / 3
+
+# %% [markdown]
+# **Look.** The first two columns are the outputs' distance from those in floating point; the third is the distance between the two
+# kernels, what int8 activations alone did. Independent errors add in squares: 6 and 0.6 make 6.03.
+#
+# **Explain.** Beside 4-bit weights, 8-bit activations cost next to nothing and make the product several times as fast from a few tokens on. Beside 8-bit
+# weights they are of the same size as the weights' own error. A group's activations share a scale as its weights do, which keeps one
+# large activation from spoiling the rest. The last columns ask what matters for text: is the most likely word still the same?
+
+# %% [markdown]
+# ## 8. Try it yourself
+#
+# **Predict.** Which choice gives the highest speed under the roof, and which the least error per byte? Is it the same?
+#
+# Every choice is rounded, multiplied and timed anew (well under a second), then kept. The slider takes powers of two, the
+# box beside it any number of rows.
+
+# %%
+control = MatmulControl(weight, x, roof, repeat=repeat, rotation=rotation)
+control
+
+# %%
+for choice in (("int2-g32", 1), ("int8-row", 1), ("int4-g32", 128), ("int4-g32", 1)):
+    for activations in ("float32", "int8"):
+        control.choose(*choice, activations)
+        assert control.error is None, control.error
+for part in control.static():
+    plots.show(part, f"{part.layout.title.text}: the numbers are in the table below.")
+display(HTML(control.told), HTML(control.html))
+
+# %% [markdown]
+# **Look.** Points move right with the rows and up to the roof; fewer bits move a point right as well, since each byte then holds more weights.
+# The table holds the same numbers as the plots, and says of each whether it was measured, counted or computed.
+
+# %% [markdown]
+# ## What would change on your model
+#
+# The weights are larger, and the rest is the same. Any linear layer of any model takes the place of the head:
+#
+# ```python
+# model, tokenizer = load("Qwen/Qwen3-0.6B"), load_tokenizer("Qwen/Qwen3-0.6B")   # needs a network, once
+# weight = model.model.layers[0].mlp.down_proj.weight.detach().float()            # and x: that layer's inputs
+# q = round_to_nearest(weight, QuantScheme.parse("int4-g32"))
+# ```
+#
+# A layer as large as that needs no `repeat`. Your device's two ceilings decide, not ours: divide the bytes of *all* weights that a token uses by the
+# memory's bandwidth, and you have the time that no kernel can beat. Whole models use these kernels through
+# `compress`; `edgelab.layers.set_kernel("numba-int8")` switches int8 activations on.
