@@ -89,15 +89,21 @@ class TilePicture:
         )
         for i, panel in enumerate(self.panels.values(), 1):
             fig.add_bar(
-                x=[p.byte for p in panel],
-                y=[p.bits for p in panel],
-                base=[8 * p.vector + p.first for p in panel],
-                text=[str(p.input) for p in panel],
-                customdata=[[p.row, p.input, p.vector, p.first, p.first + p.bits - 1, p.of_code] for p in panel],
+                x=np.array([p.byte for p in panel]),  # arrays, not lists: plotly writes them in a fraction of the characters
+                y=np.array([p.bits for p in panel]),
+                base=np.array([8 * p.vector + p.first for p in panel]),
+                customdata=np.array([[p.row, p.input, p.vector, p.first, p.first + p.bits - 1, p.of_code] for p in panel], np.uint8),
+                texttemplate="%{customdata[1]}",
                 hovertemplate="vector %{customdata[2]}, byte %{x}, bits %{customdata[3]} to %{customdata[4]}:<br>row %{customdata[0]}, "
                 "input %{customdata[1]}, from bit %{customdata[5]} of its code<extra></extra>",
-                marker={"color": [_quad_colour(p) for p in panel], "line": {"color": "white", "width": 1}},
-                textfont={"size": 10, "color": [_ink(p) for p in panel]},
+                marker={
+                    "color": np.array([p.input // 4 % QUADS for p in panel], np.uint8),
+                    "colorscale": [[(i + j) / QUADS, plots.OKABE_ITO[i]] for i in range(QUADS) for j in (0, 1)],
+                    "cmin": -0.5,
+                    "cmax": QUADS - 0.5,
+                    "line": {"color": "white", "width": 1},
+                },
+                textfont={"size": 10},
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,

@@ -207,7 +207,7 @@ def in_a_new_process(code: str, **env: str) -> str:
     """What `code` prints; this file can be imported there."""
     here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": here, **env}
-    done = subprocess.run([sys.executable, "-c", dedent(code)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", dedent(code)], env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -224,7 +224,7 @@ def test_result_does_not_depend_on_the_threads():
 
         serial, threaded, calls = matmul._run, matmul._run_threads, []
         matmul._run = lambda *args: (calls.append(1), serial(*args))
-        matmul._run_threads = lambda *args: (calls.append(args[-1]), threaded(*args))
+        matmul._run_threads = lambda *args: (calls.append(args[-1] + 1), threaded(*args))
         matmul.PARALLEL_FROM_NS = 0
         for name in NAMES:
             kernel, _, make = PAIRS[name]
@@ -247,8 +247,9 @@ def test_result_does_not_depend_on_the_threads():
 def test_small_products_run_on_one_thread(monkeypatch):
     used = []
     monkeypatch.setattr(matmul, "threads", lambda: 2)
+    monkeypatch.setattr(matmul, "ready", lambda workers: 0)
     monkeypatch.setattr(matmul, "_run", lambda *args: used.append(1))
-    monkeypatch.setattr(matmul, "_run_threads", lambda *args: used.append(args[-1]))
+    monkeypatch.setattr(matmul, "_run_threads", lambda *args: used.append(args[-1] + 1))
     kernel, _, make = PAIRS["qmatmul"]
     for out, tokens, expected in ((64, 1, 1), (64, 8, 1), (4096, 512, 2)):
         kernel(*make(np.random.default_rng(0), out=out, n=256, tokens=tokens))
@@ -256,7 +257,7 @@ def test_small_products_run_on_one_thread(monkeypatch):
 
 
 def test_python_threads_may_call_kernels_at_once():
-    """numba's threads belong to one of them at a time; its scratch memory to each."""
+    """The workers serve one of them at a time; scratch memory belongs to each."""
     in_a_new_process(
         """
         import numpy as np
@@ -265,7 +266,7 @@ def test_python_threads_may_call_kernels_at_once():
         from edgelab.kernels.reference import PAIRS
         from test_kernels import NAMES
 
-        for expected_ns in (0, 1e9):  # on numba's threads, and each on its own
+        for expected_ns in (0, 1e9):  # with workers, and each on its own
             matmul.PARALLEL_FROM_NS = expected_ns
             for name in NAMES:
                 kernel, _, make = PAIRS[name]
@@ -282,6 +283,48 @@ def test_python_threads_may_call_kernels_at_once():
                     assert [args[-1].tobytes() for args in sets] == expected, name
         """,
         NUMBA_NUM_THREADS="2",
+    )
+
+
+def test_workers_take_thousands_of_jobs_awake_or_asleep():
+    """Two jobs in turn, so that a part of the one before, done late or twice, shows; more workers than cores; a fork between."""
+    in_a_new_process(
+        """
+        import os, time
+        import numpy as np
+        from edgelab.kernels import matmul
+        from edgelab.kernels._jit import set_threads
+        from edgelab.kernels.reference import PAIRS
+
+        kernel, _, make = PAIRS["qmatmul_int8"]
+        sets = [make(np.random.default_rng(i), out=300 + 100 * i, n=64, tokens=20) for i in range(2)]
+        expected = []
+        set_threads(1)
+        for args in sets:
+            kernel(*args)
+            expected.append(args[-1].copy())
+        set_threads(4)
+        matmul.PARALLEL_FROM_NS = 0
+
+        def several(times):
+            for i in range(times):
+                args, ref = sets[i % 2], expected[i % 2]
+                args[-1][:] = np.nan
+                kernel(*args)
+                assert (args[-1] == ref).all(), i
+                if i % 10 == 0:
+                    time.sleep(0.0005)  # long enough to fall asleep
+
+        several(2000)
+        if hasattr(os, "fork"):
+            child = os.fork()
+            if not child:
+                several(100)  # a failure prints its traceback and exits 1
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        several(100)
+        """,
+        NUMBA_NUM_THREADS="4",
     )
 
 

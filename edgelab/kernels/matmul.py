@@ -34,10 +34,13 @@ _FEW, _MANY = micro.FEW[_WAY], micro.MANY[_WAY]
 # and AVX-VNNI (12 and 16 % at 12 rows), slower by 5 % at 12 rows on AVX2.
 _FEW_ROWS = {"avx512": 32, "avxvnni": 32, "avx2": 8}.get(_WAY, _FEW[0])
 _PANEL_TILES = max(1, micro.COLUMNS[_WAY] * simd.LANES[_WAY] // ROWS)
-# On AVX-512 a panel takes 32 KiB as int8 (1,024 inputs of 32 rows) and 16 KiB as float32 (128 inputs) of a first-level cache
-# of 48 KiB. As int8, 16 KiB were 2 % slower (AMD EPYC 9005, 4096 inputs, 128 rows), 40 KiB no better.
-_PANEL_UNITS = {"int8": 32, "float32": 4}
+# A panel takes 16 KiB on AVX-512, a third to a half of a first-level cache: 512 inputs as int8, 128 as float32. With
+# 32 KiB 128 rows were 4 % slower at 4 bits and 2 % at 8 (AMD EPYC 9005, 4096 x 4096).
+_PANEL_UNITS = {"int8": 16, "float32": 4}
 _PANEL_BYTES = {"int8": QUADS * VECTOR, "float32": 4 * QUADS * VECTOR}  # of one unit of one tile
+_KEPT = _PANEL_TILES * ROWS * 4  # bytes of sums that wait between two panels, per row of x
+_MOST_ROWS, _LEAST_ROWS = 192, 48  # of x taken with a panel before it is unpacked again
+_SECOND_LEVEL = 3 << 18  # bytes of x that should stay in the second-level cache meanwhile
 _PAD = 64  # bytes between rows of activations, lest rows of 4,096 all fall into the same sets of the cache
 _QUANTIZE_SHARED = 16  # rows of x from which on threads share the work of quantizing them
 
@@ -125,7 +128,9 @@ def _integer_job(bits: int) -> int:
 
     def integer(p, part, parts):
         tiles, all_units, groups, units, out, slots = p[TILES], p[UNITS], p[GROUPS], p[GROUP_UNITS], p[OUT], p[SLOTS]
-        ldx, panel = p[LDX], p[PANEL] + part * p[PANEL_STRIDE]
+        ldx, kept = p[LDX], p[PANEL] + part * p[PANEL_STRIDE]
+        panel = kept + _MOST_ROWS * _KEPT
+        rows_at_once = max(_LEAST_ROWS, min(_MOST_ROWS, _SECOND_LEVEL // ldx))
         tile_bytes, scale_bytes = all_units * bits * VECTOR, groups * ROWS * 2
         steps = (tiles + _PANEL_TILES - 1) // _PANEL_TILES
         block = panel_units if groups == 1 else max(1, panel_units // units) * units
@@ -151,16 +156,22 @@ def _integer_job(bits: int) -> int:
                         few(m, c, s, x, ldx, sx, start, slots, y + t * out * 4, out, valid, groups, units)
                         t += m
                 continue
-            rounds = (hi - lo + most - 1) // most
-            for step in range(steps * part // parts, steps * (part + 1) // parts):
+            chunks = (hi - lo + rows_at_once - 1) // rows_at_once
+            for chunk in range(chunks * steps):  # rows of x that the second-level cache holds, with every tile
+                step = chunk % steps
+                if step < steps * part // parts or step >= steps * (part + 1) // parts:
+                    continue
+                from_, to = lo + (hi - lo) * (chunk // steps) // chunks, lo + (hi - lo) * (chunk // steps + 1) // chunks
+                rounds = (to - from_ + most - 1) // most
                 tile = step * _PANEL_TILES
                 here = min(_PANEL_TILES, tiles - tile)  # of a lone last tile the columns come twice, and are stored once
                 valid = out - tile * ROWS
                 for u in range(0, all_units, block):
                     count = min(block, all_units - u)
+                    last = u + count == all_units
                     c, stride = codes + tile * tile_bytes + u * bits * VECTOR, tile_bytes
                     lines = count * bits // rounds + 1  # of the next panel, to be asked for before each block of rows
-                    following = c + (count * bits * VECTOR if u + count < all_units else _PANEL_TILES * tile_bytes - u * bits * VECTOR)
+                    following = c + (_PANEL_TILES * tile_bytes - u * bits * VECTOR if last else count * bits * VECTOR)
                     if bits < 8:
                         stride = count * QUADS * VECTOR
                         for i in range(here):
@@ -169,20 +180,20 @@ def _integer_job(bits: int) -> int:
                     s, scale_stride = scales + tile * scale_bytes + (u // units) * ROWS * 2, scale_bytes
                     if here < _PANEL_TILES:
                         stride, scale_stride = 0, 0
-                    t = lo
-                    while t < hi:
-                        m = _even(hi - t, most)
+                    t = from_
+                    while t < to:
+                        m = _even(to - t, most)
                         for i in range(here):
                             _ahead(following + i * tile_bytes, lines)
                         following += lines * VECTOR
-                        x, y = p[XQ] + t * ldx + u * UNIT, p[Y] + (t * out + tile * ROWS) * 4
+                        x, y, k = p[XQ] + t * ldx + u * UNIT, p[Y] + (t * out + tile * ROWS) * 4, kept + (t - from_) * _KEPT
                         if groups == 1:
-                            sx, start, last = p[SX] + 4 * t, p[START] + 4 * t, u + count == all_units
-                            many_row(m, c, stride, s, scale_stride, x, ldx, sx, start, y, out, valid, count, u == 0, last)
+                            sx, start = p[SX] + 4 * t, p[START] + 4 * t
+                            many_row(m, c, stride, s, scale_stride, x, ldx, sx, start, k, y, out, valid, count, u == 0, last)
                         else:
                             at = 4 * (u // units * slots + t)
                             sx, start, whole = p[SX] + at, p[START] + at, count // units
-                            many(m, c, stride, s, scale_stride, x, ldx, sx, start, slots, y, out, valid, whole, units, u == 0)
+                            many(m, c, stride, s, scale_stride, x, ldx, sx, start, slots, k, y, out, valid, whole, units, u == 0, last)
                         t += m
 
     return job(integer, variant=bits).address
@@ -199,7 +210,9 @@ def _float_job(bits: int) -> int:
 
     def floating(p, part, parts):
         tiles, all_units, groups, units, out = p[TILES], p[UNITS], p[GROUPS], p[GROUP_UNITS], p[OUT]
-        ldx, panel, levels = p[LDX] // 4, p[PANEL] + part * p[PANEL_STRIDE], p[LEVELS]
+        ldx, kept, levels = p[LDX] // 4, p[PANEL] + part * p[PANEL_STRIDE], p[LEVELS]
+        panel = kept + _MOST_ROWS * _KEPT
+        rows_at_once = max(_LEAST_ROWS, min(_MOST_ROWS, _SECOND_LEVEL // p[LDX]))
         tile_bytes, scale_bytes = all_units * bits * VECTOR, groups * ROWS * 2
         steps = (tiles + _PANEL_TILES - 1) // _PANEL_TILES
         across = _PANEL_TILES * ROWS * 4  # bytes of one input in the panel
@@ -219,8 +232,12 @@ def _float_job(bits: int) -> int:
                 continue
             # a panel holds whole groups where they are small, and a part of one group where they are large
             whole = max(1, panel_units // units)
-            part_units = units if units <= panel_units else panel_units
-            for step in range(steps * part // parts, steps * (part + 1) // parts):
+            chunks = (hi - lo + rows_at_once - 1) // rows_at_once
+            for chunk in range(chunks * steps):
+                step = chunk % steps
+                if step < steps * part // parts or step >= steps * (part + 1) // parts:
+                    continue
+                from_, to = lo + (hi - lo) * (chunk // steps) // chunks, lo + (hi - lo) * (chunk // steps + 1) // chunks
                 tile = step * _PANEL_TILES
                 here = min(_PANEL_TILES, tiles - tile)
                 valid = out - tile * ROWS
@@ -230,17 +247,17 @@ def _float_job(bits: int) -> int:
                     if units <= panel_units:
                         group_count, unit_count = min(whole, groups - g), units
                     else:
-                        group_count, unit_count = 1, min(part_units, (g + 1) * units - u)
+                        group_count, unit_count = 1, min(panel_units, (g + 1) * units - u)
                     count = group_count * unit_count
                     for i in range(here):
                         c = codes + (tile + i) * tile_bytes + u * bits * VECTOR
                         s = scales + (tile + i) * scale_bytes + g * ROWS * 2
                         dequantize(c, s, levels, panel + i * ROWS * 4, across, group_count, unit_count)
-                    t = lo
-                    while t < hi:
-                        m = _even(hi - t, most)
-                        x, y = p[XQ] + (t * ldx + u * UNIT) * 4, p[Y] + (t * out + tile * ROWS) * 4
-                        many(m, panel, across, x, ldx, y, out, valid, count * QUADS, u == 0)
+                    t = from_
+                    while t < to:
+                        m = _even(to - t, most)
+                        x, y, k = p[XQ] + (t * ldx + u * UNIT) * 4, p[Y] + (t * out + tile * ROWS) * 4, kept + (t - from_) * _KEPT
+                        many(m, panel, across, x, ldx, k, y, out, valid, count * QUADS, u == 0, u + count == all_units)
                         t += m
                     u += count
 
@@ -315,7 +332,7 @@ def _numbers(out: int, n: int, group: int, groups: int, slots: int, integer: boo
     kind = "int8" if integer else "float32"
     # integers of a group stay together unless it is the row
     panel_units = max(_PANEL_UNITS[kind], units) if integer and groups > 1 else _PANEL_UNITS[kind]
-    panel = _PANEL_TILES * panel_units * _PANEL_BYTES[kind]
+    panel = _MOST_ROWS * _KEPT + _PANEL_TILES * panel_units * _PANEL_BYTES[kind]
     at_sx = _HEAD + (up(slots * ldx) if copied else 0)
     at_start = at_sx + (up(4 * slots * groups) if integer else 0)
     at_panel = at_start + (up(4 * slots * groups) if integer else 0)

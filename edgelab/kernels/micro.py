@@ -11,8 +11,7 @@ registers for `tokens` rows of x times some columns, and walks along the inputs:
 
 Few rows of x (decoding): codes are unpacked in registers on the way (`a8_few`, `a16_few`); the memory is the limit.
 Many rows (prefill): some tiles' codes are unpacked to a *panel* in the first-level cache (`unpack`, `dequantize`) and
-multiplied from there with all the rows, a block of rows at a time (`a8_many`, `a8_many_row`, `a16_many`). Between panels
-the sums wait in y.
+multiplied from there with all the rows, a block of rows at a time (`a8_many`, `a8_many_row`, `a16_many`).
 """
 
 from collections.abc import Iterator
@@ -147,58 +146,91 @@ def a8_few(v: Vectors, bits: int, tokens: int, codes, scales, x, ldx, sx, start,
     scale_offsets = [[2 * v.lanes * c] for c in range(columns)]
     zeros = [v.floats(0)] * (tokens * columns)
     sums = _groups(v, bits, bits, zeros, codes, offsets, scales, scale_offsets, x, ldx, sx, start, lds, groups, units, True)
-    for total, where in zip(sums, _outputs(v, tokens, columns, y, ldy, valid), strict=True):
-        v.store_some(where[0], total, *where[1:])
+    _store_all(v, sums, _outputs(v, tokens, columns, y, ldy, valid))
+
+
+def _resume(v: Vectors, first: ir.Value, start: list, kept: ir.Value) -> list:
+    """The sums of a block of rows: `start` if this is the `first` panel, else what `_pause` kept."""
+    size = 4 * v.lanes
+    again = lambda: [v.load(value.type, kept, size * i) for i, value in enumerate(start)]  # noqa: E731
+    return v.either(v.b.icmp_signed("!=", first, v.k(0)), lambda: start, again)
+
+
+def _pause(v: Vectors, last: ir.Value, sums: list, kept: ir.Value, finish) -> None:
+    """Keep the sums for the next panel side by side in `kept`, or `finish` them after the `last`.
+
+    Not in y: its rows are often a power of two apart, so that a block's rows share a few sets of the cache and push
+    each other out.
+    """
+
+    def keep():
+        for i, value in enumerate(sums):
+            v.store(value, kept, 4 * v.lanes * i)
+        return []
+
+    v.either(v.b.icmp_signed("!=", last, v.k(0)), finish, keep)
 
 
 def a8_many(
-    v: Vectors, bits, tokens, codes, tile_stride, scales, scale_stride, x, ldx, sx, start, lds, y, ldy, valid, groups, units, first
+    v: Vectors,
+    bits,
+    tokens,
+    codes,
+    tile_stride,
+    scales,
+    scale_stride,
+    x,
+    ldx,
+    sx,
+    start,
+    lds,
+    kept,
+    y,
+    ldy,
+    valid,
+    groups,
+    units,
+    first,
+    last,
 ) -> None:
-    """COLUMNS columns times `tokens` rows over `groups` whole groups of 8-bit stored codes; y is added to unless `first`."""
+    """COLUMNS columns times `tokens` rows over `groups` whole groups of 8-bit stored codes.
+
+    The columns' tiles lie `tile_stride` and their scales `scale_stride` bytes apart; x, sx, start, y as in `a8_few`. Sums
+    begin at 0 with the `first` panel, wait in `kept` for the next, and go to y with the `last`.
+    """
     columns = COLUMNS[v.way]
     outputs = _outputs(v, tokens, columns, y, ldy, valid)
     offsets = [_column(v, c, tile_stride) for c in range(columns)]
     per_tile = ROWS // v.lanes
     scale_offsets = [[v.mul(scale_stride, c // per_tile), 2 * v.lanes * (c % per_tile)] for c in range(columns)]
-    sums = v.either(
-        v.b.icmp_signed("!=", first, v.k(0)),
-        lambda: [v.floats(0)] * len(outputs),
-        lambda: [v.load_some(mask, v.f32, *at) for mask, *at in outputs],
-    )
+    sums = _resume(v, first, [v.floats(0)] * len(outputs), kept)
     sums = _groups(v, bits, 8, sums, codes, offsets, scales, scale_offsets, x, ldx, sx, start, lds, groups, units, False)
-    for total, (mask, *at) in zip(sums, outputs, strict=True):
-        v.store_some(mask, total, *at)
+    _pause(v, last, sums, kept, lambda: _store_all(v, sums, outputs))
+
+
+def _store_all(v: Vectors, values: list, outputs: list[tuple]) -> list:
+    for value, (mask, *at) in zip(values, outputs, strict=True):
+        v.store_some(mask, value, *at)
+    return []
 
 
 def a8_many_row(
-    v: Vectors, bits, tokens, codes, tile_stride, scales, scale_stride, x, ldx, sx, start, y, ldy, valid, units, first, last
+    v: Vectors, bits, tokens, codes, tile_stride, scales, scale_stride, x, ldx, sx, start, kept, y, ldy, valid, units, first, last
 ) -> None:
-    """As `a8_many` for one group a row, of which `units` units come now: until the `last` of them y holds the integer sums."""
+    """As `a8_many` for one group a row, of which `units` units come now: the sums that wait are integers."""
     columns = COLUMNS[v.way]
-    outputs = _outputs(v, tokens, columns, y, ldy, valid)
     offsets = [_column(v, c, tile_stride) for c in range(columns)]
     per_tile = ROWS // v.lanes
-    sums = v.either(
-        v.b.icmp_signed("!=", first, v.k(0)),
-        lambda: [v.splat(v.load(I32, start, 4 * t)) for t in range(tokens) for _ in range(columns)],
-        lambda: [v.load_some(mask, v.i32, *at) for mask, *at in outputs],
-    )
-    sums = _dots(v, bits, 8, sums, codes, offsets, x, ldx, units, False)
+    starts = [v.splat(v.load(I32, start, 4 * t)) for t in range(tokens) for _ in range(columns)]
+    sums = _dots(v, bits, 8, _resume(v, first, starts, kept), codes, offsets, x, ldx, units, False)
 
     def finish():
-        for i, (mask, *at) in enumerate(outputs):
-            t, c = divmod(i, columns)
-            s = v.halves(scales, v.mul(scale_stride, c // per_tile), 2 * v.lanes * (c % per_tile))
-            st = v.splat(v.load(F32, sx, 4 * t))
-            v.store_some(mask, v.fma(v.b.sitofp(sums[i], v.f32), v.b.fmul(s, st), v.floats(0)), *at)
-        return []
+        s = [v.halves(scales, v.mul(scale_stride, c // per_tile), 2 * v.lanes * (c % per_tile)) for c in range(columns)]
+        st = [v.splat(v.load(F32, sx, 4 * t)) for t in range(tokens)]
+        values = [v.fma(v.b.sitofp(total, v.f32), v.b.fmul(s[i % columns], st[i // columns]), v.floats(0)) for i, total in enumerate(sums)]
+        return _store_all(v, values, _outputs(v, tokens, columns, y, ldy, valid))
 
-    def wait():
-        for total, (mask, *at) in zip(sums, outputs, strict=True):
-            v.store_some(mask, total, *at)
-        return []
-
-    v.either(v.b.icmp_signed("!=", last, v.k(0)), finish, wait)
+    _pause(v, last, sums, kept, finish)
 
 
 def unpack(v: Vectors, bits: int, codes, panel, units) -> None:
@@ -263,8 +295,7 @@ def a16_few(v: Vectors, bits: int, tokens: int, codes, scales, levels, x, ldx, y
         return [v.fma(v.b.fadd(parts[2 * i], parts[2 * i + 1]), s[i % columns], total) for i, total in enumerate(sums)]
 
     sums = v.loop(groups, [v.floats(0)] * (tokens * columns), group)
-    for total, (mask, *at) in zip(sums, _outputs(v, tokens, columns, y, ldy, valid), strict=True):
-        v.store_some(mask, total, *at)
+    _store_all(v, sums, _outputs(v, tokens, columns, y, ldy, valid))
 
 
 def dequantize(v: Vectors, bits: int, codes, scales, levels, panel, panel_stride, groups, units) -> None:
@@ -286,29 +317,23 @@ def dequantize(v: Vectors, bits: int, codes, scales, levels, panel, panel_stride
     v.loop(groups, [], group)
 
 
-def a16_many(v: Vectors, tokens: int, panel, panel_stride, x, ldx, y, ldy, valid, quads, first) -> None:
-    """COLUMNS columns of a float32 panel times `tokens` rows of x, over 4 * `quads` inputs; y is added to unless `first`."""
+def a16_many(v: Vectors, tokens: int, panel, panel_stride, x, ldx, kept, y, ldy, valid, quads, first, last) -> None:
+    """COLUMNS columns of a float32 panel times `tokens` rows of x, over 4 * `quads` inputs; sums wait as in `a8_many`."""
     columns = COLUMNS[v.way]
-    outputs = _outputs(v, tokens, columns, y, ldy, valid)
-    sums = v.either(
-        v.b.icmp_signed("!=", first, v.k(0)),
-        lambda: [v.floats(0)] * len(outputs),
-        lambda: [v.load_some(mask, v.f32, *at) for mask, *at in outputs],
-    )
+    x_rows = _rows(v, x, v.mul(ldx, 4), tokens)
 
     def four(i, sums):
         sums = list(sums)
         for j in range(4):
             w = [v.load(v.f32, panel, v.mul(v.add(v.mul(i, 4), j), panel_stride), 4 * v.lanes * c) for c in range(columns)]
             for t in range(tokens):
-                xk = v.splat(v.load(F32, x, v.mul(ldx, 4 * t), v.mul(i, 16), 4 * j))
+                xk = v.splat(v.load(F32, *x_rows[t], v.mul(i, 16), 4 * j))
                 for c in range(columns):
                     sums[t * columns + c] = v.fma(w[c], xk, sums[t * columns + c])
         return sums
 
-    sums = v.loop(quads, sums, four)
-    for total, (mask, *at) in zip(sums, outputs, strict=True):
-        v.store_some(mask, total, *at)
+    sums = v.loop(quads, _resume(v, first, [v.floats(0)] * (tokens * columns), kept), four)
+    _pause(v, last, sums, kept, lambda: _store_all(v, sums, _outputs(v, tokens, columns, y, ldy, valid)))
 
 
 def _over_group(v: Vectors, group: ir.Value, carried: list, step) -> list:

@@ -286,7 +286,7 @@ class Vectors:
 
 
 # parameters of emitting functions that are addresses; all others are sizes
-POINTERS = {"codes", "scales", "levels", "x", "xq", "sx", "start", "panel", "y"}
+POINTERS = {"codes", "scales", "levels", "x", "xq", "sx", "start", "panel", "kept", "y"}
 
 
 def emitted(emit, variants: tuple[int, ...] = (), **fixed):

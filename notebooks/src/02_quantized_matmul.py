@@ -13,10 +13,11 @@
 # 5. choose between one scale per matrix, row and group, with the error and the bytes of each in hand,
 # 6. say what quantizing the activations costs on top, and prove that a fast kernel computes what it should.
 #
-# *Before you start*: [00, start here](00_start_here.ipynb); scale × (code − zero point) from
-# [01](01_compress_evaluate_export.ipynb). *Takes* about half a minute on two cores and 2 GB of memory (the very first run
-# some seconds more: kernels are compiled once and kept). Every cell may be run again. All times are medians with their quartiles, and
-# belong to the machine named below; close what else is at work before you believe them.
+# *Before you start*: [00, start here](00_start_here.ipynb), and "scale × (code − zero point)" from
+# [01](01_compress_evaluate_export.ipynb). *Takes* less than a minute on two cores and 2 GB of memory; the very first
+# run some seconds more, because kernels are compiled once and kept. Every cell may be run again. Times are medians with
+# their quartiles in brackets and belong to the machine that they name: close what else is at work before you believe
+# them.
 
 # %%
 import numpy as np
@@ -41,15 +42,16 @@ threads = 1
 seed = 0
 
 # %% [markdown]
-# The weight of this notebook is the model's output head: it turns each token's hidden state into one number per word of
-# the vocabulary. The activations are hidden states that the model really computed, on text it was not trained on. For *time*, the weight stands beside
-# itself a few times, so that it is as large as one of a phone's model; errors are those of the weight itself.
+# The weight of this notebook is the model's output head: it turns a token's hidden state into one number per word of
+# the vocabulary. The activations are hidden states that the model computed on text it was not trained on. Where *time*
+# is measured, the weight stands beside itself a few times, so that it is as large as a phone model's; errors are those
+# of the weight itself.
 
 # %%
 set_threads(threads)
 model, tokenizer = load(model_dir), load_tokenizer(model_dir)
 text = "\n".join(row["text"] for row in data.corpus()["test"].select(range(24)))
-ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids
 with torch.no_grad():
     answer = model(ids, output_hidden_states=True)
 weight, x = model.lm_head.weight.detach().float(), answer.hidden_states[-1][0].float().numpy()
@@ -62,9 +64,10 @@ print(f"the head: {tuple(weight.shape)}; activations {x.shape}; for time: {four_
 # %% [markdown]
 # ## 1. Two ceilings
 #
-# A product of *t* rows of activations with an *m* × *n* weight does 2·*t*·*m*·*n* operations (a multiplication and an addition each) and
-# reads the weight once, whatever *t* is. So the **operations per byte** grow with *t*. A processor has one ceiling for each: bytes
-# per second from memory, operations per second. Whichever takes longer binds: that is the **roofline**.
+# A product of *t* rows of activations with an *m* × *n* weight does 2·*t*·*m*·*n* operations (a multiplication and an
+# addition each) and reads the weight once, whatever *t* is. So the **operations per byte** grow with *t*. A processor
+# has a ceiling for each: bytes per second from memory, operations per second. Whichever takes longer binds: that is the
+# **roofline**.
 #
 # **Predict.** How many operations can one core do in the time in which it reads one byte from memory: 1, 25, or 1,000?
 
@@ -77,9 +80,9 @@ for bits in (4.5, 8.5, 32):
     print(f"{bits:4} bits per weight: {needs}; int8 arithmetic binds from {roof.crossover(bits, 'int8'):.1f} tokens on (computed)")
 
 # %% [markdown]
-# **Explain.** Decoding uses each weight once per token, for two operations; the core could do many more while the byte
-# arrives. It waits. Nothing that saves arithmetic makes decoding faster; whatever saves *bytes* does. A prompt has hundreds of
-# tokens that share each weight: there arithmetic binds, and smaller weights help little.
+# **Explain.** Decoding uses each weight once per token, for two operations; the core could do many more while the bytes
+# arrive. It waits. Nothing that saves arithmetic makes decoding faster; what saves *bytes* does. A prompt has hundreds
+# of tokens that share each weight: there arithmetic binds, and smaller weights help little.
 
 # %% [markdown]
 # ## 2. Predicted against measured
@@ -98,13 +101,14 @@ display(Markdown(sentence))
 display(Markdown(words.markdown([p.row for p in points])))
 
 # %% [markdown]
-# **Look.** Left of the knee the line is flat: reading the weights takes as long for one token as for several. Right of it time
-# grows with the tokens. A share of 1 would be the roof itself.
+# **Look.** Left of the knee the limit is flat: reading the weights takes as long for several tokens as for one. Right
+# of it time grows with the tokens. A share of 1 is the roof itself; a share above 1 says that something disturbed the
+# measurement of the ceiling: run the cell again.
 #
-# **Explain.** The limit is a bound, not a forecast. Around the knee a kernel pays for both, since reading and computing do not overlap perfectly; with
-# float32 activations it must also turn each code into a float. The limit counts the weights alone: activations
-# and results are small beside them for few tokens, and stay in the cache. Ceilings are the best seen here: neighbours
-# share the memory, and one measurement may lie a third too low.
+# **Explain.** The limit is a bound, not a forecast. Around the knee a kernel pays for both, since reading and computing
+# do not overlap perfectly; with float32 activations it must also turn each code into a float. The limit counts the
+# weights alone: for few tokens activations and results are small beside them, and stay in the cache. The ceilings are
+# measured again beside each product, and the highest count: what else runs can only lower them.
 
 # %% [markdown]
 # **The first control that must fail: the same weight again and again.** Most benchmarks multiply by one weight in a loop.
@@ -116,14 +120,13 @@ display(Markdown(words.markdown([p.row for p in points])))
 cache = lab.cached_and_not(four_bits, wide_x[:1], roof, rotation)
 for name, p in cache.items():
     print(f"{name:14}  {p.timing}   {p.nbytes / p.timing.median / 1e9:6.1f} GB/s   {p.share:.2f} of the memory limit")
-print(
-    f"last cache {lab.last_level_cache() / 1e6:.0f} MB, the weight {four_bits.nbytes / 1e6:.1f} MB, copies in turn {rotation.nbytes / 1e6:.0f} MB"
-)
+print(f"the last cache holds {lab.last_level_cache() / 1e6:.0f} MB, the copies are {rotation.nbytes / 1e6:.0f} MB")
 assert cache["from the cache"].timing.median < cache["from memory"].timing.median
 
 # %% [markdown]
-# **Explain.** A share above 1 is impossible, so something else was measured. A real model reads hundreds of MB between two
-# uses of the same weight. So here every call takes the next of many copies, which together are far larger than the cache.
+# **Explain.** More than the memory can deliver, so it was not the memory that delivered. A real model reads all its
+# other layers between two uses of the same weight. So here every call takes the next of many copies, which together are
+# far larger than the cache.
 
 # %% [markdown]
 # ## 3. The baseline: unpack, then multiply
@@ -158,8 +161,8 @@ display(Markdown(words.markdown([c.row for c in lab.compare_all(seed)])))
 assert all(c.agrees for c in lab.compare_all(seed))
 
 # %% [markdown]
-# **The second control that must fail: one flipped bit.** Of all the bits of the weight below one is flipped, the lowest of one code, before the
-# kernel sees it.
+# **The second control that must fail: one flipped bit.** Of all the bits of a weight one is flipped, the lowest of one
+# code, before the kernel sees it.
 #
 # **Predict.** Does a check with a tolerance notice one bit?
 
@@ -184,8 +187,8 @@ display(picture)
 display(Markdown(picture.sentence))
 
 # %% [markdown]
-# **Look.** Each block is one code, with the number of its input; a colour is four neighbouring inputs. The picture is not drawn by hand: every bit of every code
-# was set alone, laid out by `kernels/pack.py`, and looked up.
+# **Look.** Each block is one code and bears the number of its input; a colour is four neighbouring inputs. Nobody drew
+# this: every bit of every code was set alone, laid out by `kernels/pack.py`, and looked up.
 #
 # **Explain.** They are four inputs apart. The instruction that matters multiplies four neighbouring *bytes* with four
 # neighbouring activations and adds the four products to a 32-bit sum. With inputs 0 .. 3 in the low halves and 4 .. 7 in the
@@ -197,8 +200,8 @@ display(Markdown(picture.sentence))
 #
 # The largest weight of its scale sets the step for all that share it. A scale takes 16 bits.
 #
-# **Predict.** Which is better at nearly the same bytes: 4 bits with a scale for every 16 weights (5 bits per weight), or
-# 8 bits with one scale for the whole matrix? And 3 bits per group of 32, against 4 bits per row?
+# **Predict.** 4 bits with one scale per row, and 3 bits with one for every 16 weights, take nearly the same bytes.
+# Which errs less? And 4 bits with one scale for the whole matrix?
 
 # %%
 kinds = ("tensor", "row", "g128", "g32", "g16")
@@ -208,9 +211,10 @@ display(Markdown(lab.say_errors(errors)))
 display(Markdown(words.markdown([e.row for e in errors])))
 
 # %% [markdown]
-# **Explain.** Every bit halves the step, and so the error. A scale of one's own for fewer weights helps because the largest of 16 weights is
-# smaller than the largest of a matrix: the more uneven a weight, the more. At 2 and 3 bits a good scale is worth more than
-# what it takes; at 8 bits a row's scale is nearly enough. Errors are computed and bytes are counted: both are the same on every machine.
+# **Explain.** Every bit halves the step, and so the error. Fewer weights to a scale help because the largest of 16 is
+# smaller than the largest of a matrix, and the more so the more uneven a weight is. Here groups of 16 are worth the
+# whole bit that their scales take, and one scale for the matrix wastes more than a bit; at 8 bits the scale of a row is
+# nearly enough. Errors are computed and bytes are counted: another machine finds the same.
 
 # %% [markdown]
 # ## 7. What int8 activations cost on top
@@ -225,12 +229,15 @@ by_scheme = {str(o.scheme): o for o in outputs}
 assert by_scheme["int4-g32"].between < by_scheme["int4-g32"].float_activations / 3
 
 # %% [markdown]
-# **Look.** The first two columns are the outputs' distance from those in floating point; the third is the distance between the two
-# kernels, what int8 activations alone did. Independent errors add in squares: 6 and 0.6 make 6.03.
+# **Look.** The first two columns are the distance of the outputs from those in floating point; the third is the
+# distance between the two kernels: what int8 activations alone did. Independent errors add in squares, as 3 and 4 make
+# 5. And outputs are off by less than the weights are: rounding errors have random signs, and the sum of many cancels
+# more than what it is added to.
 #
-# **Explain.** Beside 4-bit weights, 8-bit activations cost next to nothing and make the product several times as fast from a few tokens on. Beside 8-bit
-# weights they are of the same size as the weights' own error. A group's activations share a scale as its weights do, which keeps one
-# large activation from spoiling the rest. The last columns ask what matters for text: is the most likely word still the same?
+# **Explain.** Beside 4-bit weights, 8-bit activations cost next to nothing, and from a few tokens on they make the
+# product several times as fast. Beside 8-bit weights they cost as much as the weights themselves. A group's activations
+# share a scale as its weights do, so that one large activation does not spoil the rest. The last columns ask what
+# matters for text: is the likeliest word still the same?
 
 # %% [markdown]
 # ## 8. Try it yourself
@@ -254,8 +261,8 @@ for part in control.static():
 display(HTML(control.told), HTML(control.html))
 
 # %% [markdown]
-# **Look.** Points move right with the rows and up to the roof; fewer bits move a point right as well, since each byte then holds more weights.
-# The table holds the same numbers as the plots, and says of each whether it was measured, counted or computed.
+# **Look.** More rows move a point to the right and up to the roof; so do fewer bits, since each byte then holds more
+# weights. The table holds the same numbers as the plots, and says of each whether it was measured, counted or computed.
 
 # %% [markdown]
 # ## What would change on your model
@@ -268,6 +275,6 @@ display(HTML(control.told), HTML(control.html))
 # q = round_to_nearest(weight, QuantScheme.parse("int4-g32"))
 # ```
 #
-# A layer as large as that needs no `repeat`. Your device's two ceilings decide, not ours: divide the bytes of *all* weights that a token uses by the
-# memory's bandwidth, and you have the time that no kernel can beat. Whole models use these kernels through
-# `compress`; `edgelab.layers.set_kernel("numba-int8")` switches int8 activations on.
+# A layer as large as that needs no `repeat`. Your device's own two ceilings decide: divide the bytes of *all* weights
+# that a token uses by the memory's bandwidth, and you have the time that no kernel can beat. Whole models use these
+# kernels after `compress`; `edgelab.layers.set_kernel("numba-int8")` turns int8 activations on.
