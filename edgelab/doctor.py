@@ -116,6 +116,7 @@ def fingerprint() -> dict[str, str]:
         "machine": machine(),
         "architecture": platform.machine(),
         "low-bit instructions": ", ".join(k for k in CPU_FEATURES if k in flags) or "none known",
+        "kernels": _kernel_way(),
         "cores usable": str(usable_cores()),
         "memory": f"{memory[0]:.1f} GB, {memory[1]:.1f} GB free" if memory else "unknown",
         "system": platform.platform(),
@@ -123,6 +124,16 @@ def fingerprint() -> dict[str, str]:
     }
     found |= {p: v for p in ("torch", "transformers", "numba", "numpy", "datasets", "onnxruntime") if (v := version(p))}
     return found
+
+
+def _kernel_way() -> str:
+    """The instructions that the kernels take here, or why they cannot run."""
+    try:
+        from edgelab.kernels import simd
+
+        return f"{simd.way()} (of {', '.join(simd.ways())}; {simd.VARIABLE} chooses another)"
+    except Exception as error:
+        return f"cannot run: {type(error).__name__}: {error}"
 
 
 def broken_imports(names: Iterable[str] = NEEDED) -> dict[str, str]:

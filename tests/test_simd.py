@@ -275,7 +275,7 @@ class Native:
 class Emulated:
     """Calls emitted functions on an emulated Arm processor: arrays go there in one image and come back in it."""
 
-    arguments = 16
+    arguments = 20
 
     def __init__(self, folder: Path) -> None:
         (folder / "kernels.o").write_bytes(target_machine("sdot").emit_object(llvm.parse_bitcode(bitcode("sdot"))))
@@ -407,17 +407,17 @@ def integer_product(way: str, tiles, x: np.ndarray, y: np.ndarray, many: bool) -
             else:
                 panel[i] = tiles.codes[0, first_tile + i]
         scale_stride = tiles.scales[0, 0].nbytes if here > 1 else 0
-        # two panels: what the first leaves in y, the second goes on from
+        kept = waiting(way, rows)
         cut = tiles.codes.shape[2] // 2 if groups == 1 else groups // 2 * units
         for u, count in ((0, cut), (cut, tiles.codes.shape[2] - cut)):
             if not count:
                 continue
             sizes = {"tile_stride": panel[0].nbytes if here > 1 else 0, "scale_stride": scale_stride, "ldx": tiles.padded}
-            sizes |= {"ldy": tiles.out, "valid": valid, "first": int(u == 0)}
+            sizes |= {"ldy": tiles.out, "valid": valid, "first": int(u == 0), "last": int(u + count == tiles.codes.shape[2])}
             for t, m in blocks(rows, MANY):
-                where = {"codes": panel[0, u], "x": xq[t].reshape(-1)[32 * u :], "y": y[t, 16 * first_tile :]}
+                where = {"codes": panel[0, u], "kept": kept[t], "x": xq[t].reshape(-1)[32 * u :], "y": y[t, 16 * first_tile :]}
                 if groups == 1:
-                    name, more = "a8_many_row", {"units": count, "last": int(u + count == tiles.codes.shape[2])}
+                    name, more = "a8_many_row", {"units": count}
                     where |= {"scales": tiles.scales[0, first_tile], "sx": sx[0, t:], "start": start[0, t:]}
                 else:
                     name, more = "a8_many", {"groups": count // units, "units": units, "lds": rows}
@@ -446,11 +446,17 @@ def float_product(way: str, tiles, x: np.ndarray, y: np.ndarray, many: bool) -> 
             weights = {"codes": tiles.codes[0, first_tile + i], "scales": tiles.scales[0, first_tile + i], "levels": tiles.levels}
             given = {**weights, "panel": panel[0, i], "panel_stride": panel[0].nbytes, "groups": groups, "units": units}
             calls.append((f"dequantize {bits}", given))
+        kept = waiting(way, rows)
         for k, count in ((0, 32), (32, tiles.n - 32)):
             for t, m in blocks(rows, MANY):
-                where = {"panel": panel[k], "panel_stride": panel[0].nbytes, "x": x[t, k:], "y": y[t, 16 * first_tile :]}
-                calls.append((f"a16_many x{m}", {**where, **sizes, "quads": count // 4, "first": int(k == 0)}))
+                where = {"panel": panel[k], "panel_stride": panel[0].nbytes, "x": x[t, k:], "y": y[t, 16 * first_tile :], "kept": kept[t]}
+                calls.append((f"a16_many x{m}", {**where, **sizes, "quads": count // 4, "first": int(k == 0), "last": int(k > 0)}))
     return calls
+
+
+def waiting(way: str, rows: int) -> np.ndarray:
+    """Memory [rows, columns] for the sums that the first of two panels leaves to the second."""
+    return np.full((rows, micro.COLUMNS[way], simd.LANES[way]), np.nan, np.float32)
 
 
 def blocks(rows: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ idle threads sleep. With OpenMP they spin, and on a machine with other work to d
 in it at once, and numba releases the GIL around a parallel loop: hold `ONE_AT_A_TIME` to call a parallel kernel.
 """
 
+import glob
 import hashlib
 import operator
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numba
 from numba import njit, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
 from edgelab.kernels import simd
@@ -43,15 +44,47 @@ _DIGEST = hashlib.sha256(
 ).hexdigest()
 
 
+class _Files(IndexDataCacheFile):
+    """One file per compiled function, named after its key.
+
+    numba numbers its files and keeps an index: two processes that compile at the same time can take the same number, and
+    one then loads the other's code. A name of the key's own cannot be mistaken. Files of other sources are removed.
+    """
+
+    def __init__(self, folder: str, base: str) -> None:
+        super().__init__(folder, base, None)
+        self._base = base
+
+    def _name(self, key: tuple) -> str:
+        return f"{self._base}.{_DIGEST[:8]}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+
+    def save(self, key, data) -> None:
+        self._save_data(self._name(key), data)
+        for old in Path(self._cache_path).glob(f"{glob.escape(self._base)}.*"):
+            if not old.name.startswith(f"{self._base}.{_DIGEST[:8]}."):
+                old.unlink(missing_ok=True)
+
+    def load(self, key):
+        try:
+            return self._load_data(self._name(key))
+        except OSError:
+            return None
+
+    def flush(self) -> None:
+        for file in Path(self._cache_path).glob(f"{glob.escape(self._base)}.{_DIGEST[:8]}.*"):
+            file.unlink(missing_ok=True)
+
+
 class _Cache(FunctionCache):
     """numba's on-disk cache with a key of our own: signature, processor, `variant`, way, digest of the sources."""
 
     def __init__(self, function: Callable, variant: object) -> None:
         super().__init__(function)
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base)
         self._variant = variant
 
     def _index_key(self, sig, codegen):
-        return sig, codegen.magic_tuple(), self._variant, simd.way(), _DIGEST
+        return str(sig), codegen.magic_tuple(), self._variant, simd.way(), numba.__version__, _DIGEST
 
 
 def exact(function=None, *, parallel: bool = False, variant: object = None):

@@ -6,11 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define ARGUMENTS 16
+#define ARGUMENTS 20
 #define A int64_t
 
 /* Addresses and sizes alike come in 64-bit registers, then in 8-byte slots of the stack, whatever their number. */
-typedef void kernel(A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A);
+typedef void kernel(A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A);
 extern kernel *const kernels[];
 
 static void get(void *to, size_t size) {
@@ -32,7 +32,8 @@ int main(void) {
     for (int64_t i = 0; i < head[1]; i++) {
         int64_t *call = calls + i * (1 + 2 * ARGUMENTS), v[ARGUMENTS];
         for (int j = 0; j < ARGUMENTS; j++) v[j] = call[2 + 2 * j] + (call[1 + 2 * j] ? (int64_t)image : 0);
-        kernels[call[0]](v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]);
+        kernels[call[0]](v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9],
+                         v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17], v[18], v[19]);
     }
     return fwrite(image, 1, head[0], stdout) != (size_t)head[0];
 }
