@@ -34,6 +34,7 @@ from edgelab.scheme import PerGroup, QuantScheme
 # (measured: 53 GB/s, against 43 of 256 MB); at most so many that a server's huge cache does not make a notebook take gigabytes.
 ROTATED, MOST_ROTATED = 256 << 20, 512 << 20
 SHORT = 2e-3  # seconds; a shorter call is made once before the one that counts, to bring code and threads back
+LOOK = {"int8": 0, "float32": 1}  # which colour and marker activations have in every figure
 # Byte products in the time of one float32 product: a vector holds four times as many, and both run on the same units;
 # without VNNI a byte product takes three instructions; the portable way has no byte products to speak of.
 FLOATS = {"avx512": 4.0, "avxvnni": 4.0, "sdot": 4.0, "avx2": 4 / 3, "portable": 1.0}
@@ -413,12 +414,16 @@ def output_errors(weight: torch.Tensor, x: np.ndarray, schemes: Sequence[str]) -
 
 
 def error_outline(weight: torch.Tensor, q: QTensor, bins: int = 81) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of the histogram of the errors as a line of steps: x in the weights' root mean squares, y in % of all weights."""
+    """(x, y) of the histogram of the errors as a line of steps: x in % of the weights' root mean square, y in % of the weights per x.
+
+    The area is 100 % for every scheme, so that two outlines can be compared.
+    """
     size = float(weight.double().square().mean().sqrt()) or 1.0
-    error = (torch.from_numpy(q.dequantize()).double() - weight.double()).numpy().ravel() / size
+    error = 100 * (torch.from_numpy(q.dequantize()).double() - weight.double()).numpy().ravel() / size
     end = float(np.abs(error).max()) * 1.02 or 1e-6
     counts, edges = np.histogram(error, bins, (-end, end))
-    return np.repeat(edges, 2), np.concatenate([[0], np.repeat(100 * counts / error.size, 2), [0]])
+    density = 100 * counts / error.size / (edges[1] - edges[0])
+    return np.repeat(edges, 2), np.concatenate([[0], np.repeat(density, 2), [0]])
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
@@ -427,17 +432,17 @@ def time_against_tokens(points: Sequence[Point], roof: Roofline) -> go.Figure:
     first = points[0]
     fig = go.Figure(layout={"template": plots.TEMPLATE, "title": {"text": f"Time of a product, {first.name}: measured, and the limit"}})
     fig.update_xaxes(type="log", title_text="rows of activations (tokens)")
-    fig.update_yaxes(type="log", title_text="seconds")
-    for i, a in enumerate(dict.fromkeys(p.activations for p in points)):
-        mine = [p for p in points if p.activations == a]
+    fig.update_yaxes(type="log", title_text="microseconds")
+    for a in dict.fromkeys(p.activations for p in points):
+        i, mine = LOOK[a], [p for p in points if p.activations == a]
         style = {"color": plots.OKABE_ITO[i], "symbol": plots.SYMBOLS[i], "size": 9}
         fig.add_scatter(
             x=[p.tokens for p in mine],
-            y=[p.timing.median for p in mine],
+            y=[1e6 * p.timing.median for p in mine],
             error_y={
                 "type": "data",
-                "array": [p.timing.high - p.timing.median for p in mine],
-                "arrayminus": [p.timing.median - p.timing.low for p in mine],
+                "array": [1e6 * (p.timing.high - p.timing.median) for p in mine],
+                "arrayminus": [1e6 * (p.timing.median - p.timing.low) for p in mine],
             },
             mode="markers",
             marker=style,
@@ -451,12 +456,12 @@ def time_against_tokens(points: Sequence[Point], roof: Roofline) -> go.Figure:
         per_row = first.operations / first.tokens
         fig.add_scatter(
             x=x,
-            y=[roof.limit(first.nbytes, per_row * t, a) for t in x],
+            y=[1e6 * roof.limit(first.nbytes, per_row * t, a) for t in x],
             mode="lines",
             line={"color": plots.OKABE_ITO[i], "dash": "solid" if a == "int8" else "dash"},
             marker={"color": plots.OKABE_ITO[i]},
             name=f"{a}, limit (computed; knee at {cross:.1f})",
-            hovertemplate="%{x:.1f} rows: at least %{y:.3g} s<extra>%{fullData.name}</extra>",
+            hovertemplate="%{x:.1f} rows: at least %{y:.3g} µs<extra>%{fullData.name}</extra>",
         )
     return fig
 

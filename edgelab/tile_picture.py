@@ -111,7 +111,7 @@ class TilePicture:
                 row=1,
                 col=i,
             )
-        fig.update_layout(template=plots.TEMPLATE, height=560, showlegend=False, barmode="overlay", title_text=self.title)
+        fig.update_layout(template=plots.TEMPLATE, height=680, showlegend=False, barmode="overlay", title_text=self.title)
         fig.update_xaxes(title_text="byte", dtick=4, showgrid=False)
         most = 8 * max(self.panels)
         fig.update_yaxes(

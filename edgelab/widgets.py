@@ -297,19 +297,21 @@ class MatmulControl:
         )
         blue, orange, grey = plots.OKABE_ITO[0], plots.OKABE_ITO[1], plots.INK
         fig.add_scatter(mode="lines", name="the choice before", line={"color": grey, "width": 1}, marker_color=grey, row=1, col=1)
-        fig.add_scatter(mode="lines", name="error", line_color=blue, marker_color=blue, fill="tozeroy", row=1, col=1)
+        fig.add_scatter(mode="lines", name="error", line_color=blue, marker_color=blue, fill="tozeroy", showlegend=False, row=1, col=1)
         fig.add_bar(name="codes", marker_color=blue, row=1, col=2)
         fig.add_bar(name="scales", marker_color=orange, row=1, col=2)
-        for colour, activations in ((blue, "int8"), (orange, "float32")):
-            line = {"color": colour, "dash": "solid" if activations == "int8" else "dash"}
-            fig.add_scatter(mode="lines", name=f"roof, {activations}", line=line, marker_color=colour, row=2, col=1)
-        for colour, symbol, activations in ((blue, "circle", "int8"), (orange, "square", "float32")):
-            marker = {"color": colour, "symbol": symbol, "line": {"color": "white", "width": 1}}
+        for activations, i in lab.LOOK.items():
+            line = {"color": plots.OKABE_ITO[i], "dash": "solid" if activations == "int8" else "dash"}
+            fig.add_scatter(
+                mode="lines", name=f"roof, {activations}", line=line, marker_color=line["color"], showlegend=False, row=2, col=1
+            )
+        for activations, i in lab.LOOK.items():
+            marker = {"color": plots.OKABE_ITO[i], "symbol": plots.SYMBOLS[i], "line": {"color": "white", "width": 1}}
             fig.add_scatter(mode="markers", name=f"{activations}, measured", marker=marker, row=2, col=1)
         fig.update_traces(hovertemplate="%{text}<extra></extra>", selector={"mode": "markers"})
-        fig.update_layout(template=plots.TEMPLATE, height=660, barmode="stack", legend={"y": 1.08}, margin={"t": 100})
-        fig.update_xaxes(title_text="error, in the weights' root mean squares", row=1, col=1)
-        fig.update_yaxes(title_text="% of the weights", rangemode="tozero", row=1, col=1)
+        fig.update_layout(template=plots.TEMPLATE, height=660, autosize=True, barmode="stack", legend={"y": 1.08}, margin={"t": 100})
+        fig.update_xaxes(title_text="error, % of the weights (root mean square)", row=1, col=1)
+        fig.update_yaxes(title_text="% of weights, per % of error", row=1, col=1)
         fig.update_yaxes(title_text="MB", row=1, col=2)
         fig.update_xaxes(title_text="operations per byte of weights (counted)", type="log", row=2, col=1)
         fig.update_yaxes(title_text="10<sup>9</sup> operations per second", type="log", row=2, col=1)
@@ -323,6 +325,8 @@ class MatmulControl:
             if self.scheme != getattr(self, "_drawn", None):
                 before.x, before.y = now.x, now.y
                 now.x, now.y = x, y
+                self.figure.update_xaxes(range=[x[0], x[-1]], row=1, col=1)  # the choice before may lie outside
+                self.figure.update_yaxes(range=[0, 1.1 * max(y)], row=1, col=1)
                 self._drawn = self.scheme
             codes.x = scales.x = ["bfloat16", str(self.scheme)]
             codes.y, scales.y = [dense / 1e6, wide.packed.nbytes / 1e6], [0, wide.scales.nbytes / 1e6]
@@ -365,15 +369,20 @@ class MatmulControl:
             cells += (f"{lab.duration(p.limit)}, {p.bound}", f"{p.share:.2f}")
             lines.append(f'<tr><th scope="row">{scheme}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
         head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
-        return f"<table><caption>Choices so far</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        table = f"<table><caption>Choices so far</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        return f'<div style="overflow-x: auto">{table}</div>'  # a scroll bar of its own where the page is narrow
 
     def static(self) -> list[go.Figure]:
         """The present figure's parts as plain ones, for `plots.show` (a widget is empty on a code host)."""
         drawn = self.figure
         parts = []
-        for title, axis, traces in zip(self.WORDS, ("", "2", "3"), (drawn.data[:2], drawn.data[2:4], drawn.data[4:]), strict=True):
+        for title, axis, traces in zip(self.WORDS, ("", "2", "3"), (drawn.data[1:2], drawn.data[2:4], drawn.data[4:]), strict=True):
             axes = {
-                name: {"title": {"text": a.title.text.replace("<sup>9</sup>", "⁹") if a.title.text else ""}, "type": a.type}
+                name: {
+                    "title": {"text": a.title.text.replace("<sup>9</sup>", "⁹") if a.title.text else ""},
+                    "type": a.type,
+                    "range": a.range,
+                }
                 for name in ("xaxis", "yaxis")
                 for a in (drawn.layout[name + axis],)
             }

@@ -84,6 +84,14 @@ def test_kernel_equals_its_twin(name, bits, granularity):
         assert close(comp, ref, bound), (out, n, tokens)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_more_rows_than_are_taken_at_once(name):
+    """Rows go in chunks of at most 192, of 48 where they are long: exactly one chunk, one row more, several."""
+    for out, n, tokens in ((40, 64, 192), (40, 64, 193), (20, 1056, 600), (17, 4320, 100), (5, 16448, 49)):
+        for group_size in (0, 32):
+            assert close(*both(name, out=out, n=n, tokens=tokens, group_size=group_size, **({"experts": 2} if "experts" in name else {})))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["qmatmul", "qmatmul_experts"])
 def test_codes_of_a_table_equal_their_twin(name, bits):

@@ -9,10 +9,10 @@ Compiled kernels are kept on disk. numba's own cache looks at the kernel's file 
 another choice of instructions, would go unnoticed; ours also asks for the digest of every file in `kernels/` and for the
 way of `simd.py`.
 
-Threads come from numba's own `workqueue` layer, unless the environment chooses another (`NUMBA_THREADING_LAYER`): its
-idle threads sleep. With OpenMP they spin, and on a machine with other work to do a kernel of 0.13 ms took 22 ms (median of
-300 calls, two threads on two busy cores; `workqueue` 0.16 ms). `workqueue` aborts the process when two Python threads are
-in it at once, and numba releases the GIL around a parallel loop: hold `ONE_AT_A_TIME` to call a parallel kernel.
+Kernels run on threads of our own (`pool.py`), one product at a time: hold `ONE_AT_A_TIME`. Where those do not exist, and in
+`ceiling.py`, threads come from numba's `workqueue` layer, unless the environment chooses another (`NUMBA_THREADING_LAYER`):
+OpenMP's idle threads spin, and beside a busy process a kernel of 0.13 ms took 22 ms. `workqueue` aborts the process when two
+Python threads are in it at once, which the same lock prevents.
 """
 
 import glob

@@ -349,7 +349,7 @@ def quantize(v: Vectors, x, xq, sx, start, lds, groups, group, padded, zero) -> 
     """One row of x float32 as int8: per group of `group` inputs a scale absmax / 127, codes rounded to even, and the sums' start.
 
     xq int8 [groups, padded], zeros behind each group's end; sx float32 and start int32 [groups, lds]; start = -zero * sum(xq).
-    A group whose absmax is below 2**-100 becomes zeros. NaN and infinity make the scale so, and with it the result.
+    A group whose absmax is at most 2**-100 becomes zeros. NaN and infinity make the scale so, and with it the result.
     """
     b = v.b
     narrow = ir.VectorType(I8, v.lanes)

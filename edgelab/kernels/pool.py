@@ -27,7 +27,7 @@ from numba import prange, types
 from numba.core import cgutils
 
 from edgelab.kernels import simd
-from edgelab.kernels._jit import exact
+from edgelab.kernels._jit import ONE_AT_A_TIME, exact
 from edgelab.kernels.pack import aligned
 from edgelab.kernels.simd import I32, I64, call
 
@@ -206,8 +206,10 @@ def parts_of(workers: int) -> int:
 def _forked() -> None:
     global _pool
     _pool = _Pool()  # a child has none of its parent's threads
+    ONE_AT_A_TIME.release()
 
 
 atexit.register(lambda: _pool.stop())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    # held over the fork, lest a child inherit the lock from a thread that it does not have
+    os.register_at_fork(before=ONE_AT_A_TIME.acquire, after_in_parent=ONE_AT_A_TIME.release, after_in_child=_forked)
