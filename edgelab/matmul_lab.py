@@ -486,7 +486,7 @@ def error_against_bits(errors: Sequence[WeightError]) -> go.Figure:
     """The weights' error against bits per weight, scales counted: a line per granularity through the bit widths."""
     fig = go.Figure(layout={"template": plots.TEMPLATE, "title": {"text": "Error of a weight against what it takes"}})
     fig.update_xaxes(title_text="bits per weight, scales counted")
-    fig.update_yaxes(type="log", title_text="error, % of the weights (root mean squares)")
+    fig.update_yaxes(type="log", title_text="error, % of the weights")
     for i, kind in enumerate(dict.fromkeys(str(e.scheme.granularity) for e in errors)):
         mine = [e for e in errors if str(e.scheme.granularity) == kind]
         fig.add_scatter(

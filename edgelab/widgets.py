@@ -218,7 +218,7 @@ class MatmulControl:
         self.rows = w.BoundedIntText(1, min=1, max=self.MOST_ROWS, description="rows (tokens)", style=wide, layout={"width": "13em"})
         most = round(math.log2(self.MOST_ROWS))
         self.slider = w.IntSlider(0, min=0, max=most, readout=False, continuous_update=False, layout={"width": "12em"})
-        self.sentence, self.table = w.HTML(), w.HTML()
+        self.sentence, self.table = w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(self._empty())
         self.choose(start)  # before the observers: an error in the first choice is the caller's, raised at once
         if self.error is not None:
@@ -369,8 +369,7 @@ class MatmulControl:
             cells += (f"{lab.duration(p.limit)}, {p.bound}", f"{p.share:.2f}")
             lines.append(f'<tr><th scope="row">{scheme}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
         head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
-        table = f"<table><caption>Choices so far</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        return f'<div style="overflow-x: auto">{table}</div>'  # a scroll bar of its own where the page is narrow
+        return f"<table><caption>Choices so far</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
     def static(self) -> list[go.Figure]:
         """The present figure's parts as plain ones, for `plots.show` (a widget is empty on a code host)."""
@@ -402,5 +401,6 @@ class MatmulControl:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        inputs = [self.bits, self.granularity, self.activations, self.rows, self.slider]
-        display(w.VBox([w.HBox(inputs, layout={"flex_flow": "row wrap"}), self.sentence, self.figure, self.table]))
+        rows = w.HBox([self.rows, self.slider])  # on one line, however narrow the page
+        inputs = w.HBox([self.bits, self.granularity, self.activations, rows], layout={"flex_flow": "row wrap"})
+        display(w.VBox([inputs, self.sentence, self.figure, self.table]))

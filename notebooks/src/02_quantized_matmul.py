@@ -212,9 +212,10 @@ display(Markdown(words.markdown([e.row for e in errors])))
 
 # %% [markdown]
 # **Explain.** Every bit halves the step, and so the error. Fewer weights to a scale help because the largest of 16 is
-# smaller than the largest of a matrix, and the more so the more uneven a weight is. Here groups of 16 are worth the
-# whole bit that their scales take, and one scale for the matrix wastes more than a bit; at 8 bits the scale of a row is
-# nearly enough. Errors are computed and bytes are counted: another machine finds the same.
+# smaller than the largest of a matrix, and the more so the more uneven a weight is. But scales take bytes too: here
+# groups of 32 err least for their bytes, and groups of 16, which pay a whole bit for scales, come out level with one
+# scale per row. One scale for the matrix wastes more than a bit. Errors are computed and bytes are counted: another
+# machine finds the same.
 
 # %% [markdown]
 # ## 7. What int8 activations cost on top
