@@ -460,7 +460,7 @@ def time_against_tokens(points: Sequence[Point], roof: Roofline) -> go.Figure:
             mode="lines",
             line={"color": plots.OKABE_ITO[i], "dash": "solid" if a == "int8" else "dash"},
             marker={"color": plots.OKABE_ITO[i]},
-            name=f"{a}, limit (computed; knee at {cross:.1f})",
+            name=f"{a}, limit (computed)",
             hovertemplate="%{x:.1f} rows: at least %{y:.3g} µs<extra>%{fullData.name}</extra>",
         )
     return fig

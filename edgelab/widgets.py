@@ -220,6 +220,7 @@ class MatmulControl:
         self.slider = w.IntSlider(0, min=0, max=most, readout=False, continuous_update=False, layout={"width": "12em"})
         self.sentence, self.table = w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(self._empty())
+        self.figure._config = self.figure._config | {"responsive": True}  # as wide as the page, also when that changes
         self.choose(start)  # before the observers: an error in the first choice is the caller's, raised at once
         if self.error is not None:
             raise self.error

