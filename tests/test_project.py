@@ -49,7 +49,7 @@ FLOORS = [
     {"methods"},
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "pretrain", "acceptance", "export"}
     | {"runtime", "governor", "sweep"},
-    {"plots", "svg", "words", "page", "widgets", "doctor", "explorer", "cli"},
+    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}

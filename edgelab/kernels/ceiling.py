@@ -10,15 +10,15 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import prange
 
 from edgelab.kernels import simd
-from edgelab.kernels._jit import ONE_AT_A_TIME, exact, threads
+from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job, threads
 from edgelab.kernels.pack import VECTOR, aligned
-from edgelab.kernels.simd import Vectors, emitted
+from edgelab.kernels.pool import each, parts_of, ready
+from edgelab.kernels.simd import Vectors, call, emitted
 
 LINES = 16  # cache lines read per step, into as many sums
-AHEAD = 2048  # bytes that the prefetch runs ahead
+AHEAD = 4096  # bytes that the prefetch runs ahead
 
 
 def _read(v: Vectors, x: ir.Value, y: ir.Value, count: ir.Value) -> None:
@@ -52,37 +52,45 @@ def _multiply(v: Vectors, x: ir.Value, y: ir.Value, count: ir.Value) -> None:
 _emit_read, _emit_multiply = emitted(_read), emitted(_multiply)
 
 
-@exact(parallel=True)
-def _read_all(x, y, blocks, parts):
-    px, py = x.ctypes.data, y.ctypes.data
-    if parts == 1:  # no launch of threads
-        _emit_read(px, py, blocks)
-        return
-    for part in prange(parts):
-        first, last = blocks * part // parts, blocks * (part + 1) // parts
-        _emit_read(px + first * LINES * VECTOR, py + part * 1024, last - first)
+@cache
+def _read_job() -> int:
+    """Address of the job that reads its share of plan[2] blocks at plan[0]."""
+
+    def read(p, part, parts):
+        first, last = p[2] * part // parts, p[2] * (part + 1) // parts
+        if last > first:
+            _emit_read(p[0] + first * LINES * VECTOR, p[1] + part * _RESULT, last - first)
+
+    return job(read).address
 
 
-@exact(parallel=True)
-def _multiply_all(x, y, rounds, parts):
-    px, py = x.ctypes.data, y.ctypes.data
-    if parts == 1:
-        _emit_multiply(px, py, rounds)
-        return
-    for part in prange(parts):
-        _emit_multiply(px, py + part * 1024, rounds)
+@cache
+def _multiply_job() -> int:
+    """Address of the job that does plan[2] rounds of products."""
+
+    def multiply(p, part, parts):
+        _emit_multiply(p[0], p[1] + part * _RESULT, p[2] // parts)
+
+    return job(multiply).address
 
 
-def _best(run, seconds: float) -> float:
-    """The shortest time of `run()`, seconds, tried for about `seconds`."""
-    times, stop = [], time.perf_counter() + seconds
+_RESULT = 1024  # bytes where a part leaves what keeps its work from being optimized away
+
+
+@exact
+def _go(state, function, plan, parts, workers):
+    if workers:
+        each(state, function, plan, parts, workers)
+    else:
+        call(function, plan, 0, 1)
+
+
+def _time(function: int, plan: np.ndarray, workers: int) -> float:
+    """Seconds that a job takes on `workers` threads and this one."""
     with ONE_AT_A_TIME:
-        run()
-        while time.perf_counter() < stop or len(times) < 5:
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return min(times)
+        start = time.perf_counter()
+        _go(ready(workers), function, plan.ctypes.data, parts_of(workers), workers)
+        return time.perf_counter() - start
 
 
 @cache
@@ -92,21 +100,34 @@ def _buffer(size: int) -> np.ndarray:
     return buffer
 
 
-def read_bandwidth(parts: int | None = None, size: int = 256 << 20, seconds: float = 0.4) -> float:
-    """Bytes per second that `parts` threads (default: the kernels' number) read from a buffer of `size` bytes.
+def read_bandwidth(n: int | None = None, size: int = 256 << 20, seconds: float = 0.4) -> float:
+    """Bytes per second that `n` threads (default: as many as the kernels use) read from a buffer of `size` bytes.
 
-    `size` far above the last cache measures the memory, one below a cache that cache.
+    `size` far above the last cache measures the memory, one below a cache that cache. On a virtual machine the last cache
+    can be larger than the machine says: 256 MiB it is.
     """
-    parts = parts or threads()
-    x, y = _buffer(size), aligned((1024 * parts,))
-    blocks = size // (LINES * VECTOR)
-    return blocks * LINES * VECTOR / _best(lambda: _read_all(x, y, blocks, parts), seconds)
+    workers = (n or threads()) - 1
+    x, y = _buffer(size), aligned((_RESULT * parts_of(workers),))
+    pieces = max(1, size >> 24)  # each 16 MiB or more: short enough to find one undisturbed
+    blocks = size // pieces // (LINES * VECTOR)
+    plans = [np.array([x.ctypes.data + i * blocks * LINES * VECTOR, y.ctypes.data, blocks]) for i in range(pieces)]
+    best = np.full(pieces, np.inf)
+    stop, passes = time.perf_counter() + seconds, 0
+    while passes < 4 or time.perf_counter() < stop:
+        for i, plan in enumerate(plans):  # one after the other, so that none is in a cache when its turn comes
+            best[i] = min(best[i], _time(_read_job(), plan, workers))
+        passes += 1
+    return pieces * blocks * LINES * VECTOR / best.sum()
 
 
-def integer_peak(parts: int | None = None, rounds: int = 1_000_000, seconds: float = 0.2) -> float:
+def integer_peak(n: int | None = None, rounds: int = 200_000, seconds: float = 0.2) -> float:
     """Operations per second (a multiplication and an addition are two) of the byte products of `simd.way()`, on registers."""
-    parts = parts or threads()
-    x, y = aligned((256,)), aligned((1024 * parts,))
+    workers = (n or threads()) - 1
+    parts = parts_of(workers)
+    x, y = aligned((256,)), aligned((_RESULT * parts,))
     x[:] = 3
-    per_round = 12 * simd.LANES[simd.way()] * 4 * 2
-    return parts * rounds * per_round / _best(lambda: _multiply_all(x, y, rounds, parts), seconds)
+    plan = np.array([x.ctypes.data, y.ctypes.data, rounds * parts])
+    best, stop, passes = np.inf, time.perf_counter() + seconds, 0
+    while passes < 5 or time.perf_counter() < stop:
+        best, passes = min(best, _time(_multiply_job(), plan, workers)), passes + 1
+    return parts * rounds * 12 * simd.LANES[simd.way()] * 4 * 2 / best

@@ -33,6 +33,7 @@ _FEW, _MANY = micro.FEW[_WAY], micro.MANY[_WAY]
 # Measured at 4 bits, groups of 32, 1024 x 4096 on an AMD EPYC 9005: unpacking each time was faster by 4 % at 32 rows on AVX-512
 # and AVX-VNNI (12 and 16 % at 12 rows), slower by 5 % at 12 rows on AVX2.
 _FEW_ROWS = {"avx512": 32, "avxvnni": 32, "avx2": 8}.get(_WAY, _FEW[0])
+_FEW_ROWS_FLOAT = _FEW[0]
 _PANEL_TILES = max(1, micro.COLUMNS[_WAY] * simd.LANES[_WAY] // ROWS)
 # A panel takes 16 KiB on AVX-512, a third to a half of a first-level cache: 512 inputs as int8, 128 as float32. With
 # 32 KiB 128 rows were 4 % slower at 4 bits and 2 % at 8 (AMD EPYC 9005, 4096 x 4096).
@@ -202,11 +203,11 @@ def _integer_job(bits: int) -> int:
 @cache
 def _float_job(bits: int) -> int:
     """Address of the job that computes its part of y in float32, for codes of `bits` bits."""
-    sizes = tuple(m for m in _FEW if m <= 4)  # with its two chains of sums more rows would not fit the registers
-    few = emitted(micro.a16_few, sizes, bits=bits)
+    few = emitted(micro.a16_few, _FEW, bits=bits)
     many = emitted(micro.a16_many, _MANY)
     dequantize = emitted(micro.dequantize, bits=bits)
-    panel_units, most, few_rows = _PANEL_UNITS["float32"], _MANY[0], sizes[0]
+    panel_units, most, few_most = _PANEL_UNITS["float32"], _MANY[0], _FEW[0]
+    few_rows = _FEW_ROWS_FLOAT
 
     def floating(p, part, parts):
         tiles, all_units, groups, units, out = p[TILES], p[UNITS], p[GROUPS], p[GROUP_UNITS], p[OUT]
@@ -226,7 +227,7 @@ def _float_job(bits: int) -> int:
                     c, s, y, valid = codes + tile * tile_bytes, scales + tile * scale_bytes, p[Y] + tile * ROWS * 4, out - tile * ROWS
                     t = lo
                     while t < hi:
-                        m = _even(hi - t, few_rows)
+                        m = _even(hi - t, few_most)
                         few(m, c, s, levels, p[XQ] + t * ldx * 4, ldx, y + t * out * 4, out, valid, groups, units)
                         t += m
                 continue

@@ -76,6 +76,9 @@ def _dots(v: Vectors, bits, stored, sums: list, codes, code_offsets: list, x, ld
     """Integer sums [tokens * columns] over one group of `units` units (None: one)."""
     columns = len(code_offsets)
     tokens = len(sums) // columns
+    # A long group is one long chain of products, each waiting for the last: a few sums in turn, where registers are free.
+    turns = 1 if units is None or len(sums) > 4 else 4 if len(sums) <= 2 else 2
+    empty = [v.ints(0)] * len(sums)
 
     def unit(u, sums):
         walk = [v.mul(u, VECTOR * stored)] if u is not None else []
@@ -84,7 +87,7 @@ def _dots(v: Vectors, bits, stored, sums: list, codes, code_offsets: list, x, ld
             for line in range(stored):
                 v.prefetch(codes, *code_offsets[0], *walk, AHEAD + VECTOR * line)
         pairs = v.way == "avx2" and bits < 8  # eight pairs of small products fit an int16: widen once per unit
-        partial = list(sums) if not pairs else [None] * len(sums)
+        partial = list(sums) if not pairs else [None] * (tokens * columns)
         rows = _rows(v, v.at(x, v.mul(u, UNIT)) if u is not None else x, ldx, tokens)
         for q, quads in enumerate(zip(*streams, strict=True)):
             for t in range(tokens):
@@ -95,10 +98,16 @@ def _dots(v: Vectors, bits, stored, sums: list, codes, code_offsets: list, x, ld
                         product = v.pairs(v.bytes(quads[c]), v.bytes(four), bits)
                         partial[i] = product if partial[i] is None else v.b.add(partial[i], product)
                     else:
+                        i += tokens * columns * (q % turns)
                         partial[i] = v.dot(partial[i], quads[c], four, bits)
-        return [v.b.add(s, v.widen(p)) for s, p in zip(sums, partial, strict=True)] if pairs else partial
+        if pairs:
+            return [v.b.add(s, v.widen(p)) for s, p in zip(sums, partial, strict=False)] + sums[tokens * columns :]
+        return partial
 
-    return unit(None, sums) if units is None else v.loop(units, sums, unit)
+    if units is None:
+        return unit(None, sums)
+    found = v.loop(units, [*sums, *empty * (turns - 1)], unit)
+    return [_tree(found[i :: len(sums)], v.b.add) for i in range(len(sums))]
 
 
 def _groups(v: Vectors, bits, stored, sums, codes, code_offsets, scales, scale_offsets, x, ldx, sx, start, lds, groups, units, stream):
@@ -246,17 +255,16 @@ def unpack(v: Vectors, bits: int, codes, panel, units) -> None:
     v.loop(units, [], unit)
 
 
-def _values(v: Vectors, bits: int, table: list, codes, *offset) -> list[ir.Value]:
+def _values(v: Vectors, bits: int, table: list, codes, *offset) -> Iterator[ir.Value]:
     """The 32 levels of a unit for one column, float32, before the scale."""
     b = v.b
     vectors = [v.load(v.i32, codes, *offset, VECTOR * c) for c in range(bits)]
-    values = []
     for k in range(UNIT):
         q, byte = k // 4, 8 * (k % 4)
         if bits == 8:  # flip the top bit: code - 128 in two's complement, brought down with its sign
             signed = b.xor(vectors[q], v.ints(-0x7F7F7F80))
             top = b.shl(signed, v.ints(24 - byte)) if byte < 24 else signed
-            values.append(b.sitofp(b.ashr(top, v.ints(24)), v.f32))
+            yield b.sitofp(b.ashr(top, v.ints(24)), v.f32)
             continue
         # The table has 16 entries and repeats every 2**bits, so the neighbour's bits above a code change nothing.
         shift = byte + 4 * (q % 2) if bits == 4 else byte + 2 * (q % 4)
@@ -266,8 +274,7 @@ def _values(v: Vectors, bits: int, table: list, codes, *offset) -> list[ir.Value
             up = byte + q - 2
             third = b.lshr(vectors[2], v.ints(up)) if up > 0 else b.shl(vectors[2], v.ints(-up)) if up < 0 else vectors[2]
             index = b.or_(b.and_(index, v.ints(3)), b.and_(third, v.ints(4)))
-        values.append(v.lookup(table, index))
-    return values
+        yield v.lookup(table, index)
 
 
 def a16_few(v: Vectors, bits: int, tokens: int, codes, scales, levels, x, ldx, y, ldy, valid, groups, units) -> None:
@@ -275,6 +282,7 @@ def a16_few(v: Vectors, bits: int, tokens: int, codes, scales, levels, x, ldx, y
     columns = ROWS // v.lanes
     table = v.levels(levels) if bits < 8 else []
     rows = [[v.mul(ldx, 4 * t)] if t else [] for t in range(tokens)]
+    turns = min(4, max(1, 8 // (tokens * columns)))  # chains of additions, enough of them to hide the fma's latency
 
     def group(g, sums):
         def unit(u, parts):
@@ -286,13 +294,14 @@ def a16_few(v: Vectors, bits: int, tokens: int, codes, scales, levels, x, ldx, y
                 for k, value in enumerate(_values(v, bits, table, codes, v.mul(at, VECTOR * bits), 4 * v.lanes * c)):
                     for t in range(tokens):
                         xk = v.splat(v.load(F32, x, *rows[t], v.mul(at, 4 * UNIT), 4 * k))
-                        i = (t * columns + c) * 2 + k % 2  # two chains of additions hide the fma's latency
+                        i = (t * columns + c) * turns + k % turns
                         parts[i] = v.fma(value, xk, parts[i])
             return parts
 
-        parts = v.loop(units, [v.floats(0)] * (2 * len(sums)), unit)
+        parts = v.loop(units, [v.floats(0)] * (turns * len(sums)), unit)
         s = [v.halves(scales, v.mul(g, 2 * ROWS), 2 * v.lanes * c) for c in range(columns)]
-        return [v.fma(v.b.fadd(parts[2 * i], parts[2 * i + 1]), s[i % columns], total) for i, total in enumerate(sums)]
+        whole = [_tree(parts[turns * i : turns * (i + 1)], v.b.fadd) for i in range(len(sums))]
+        return [v.fma(part, s[i % columns], total) for i, (part, total) in enumerate(zip(whole, sums, strict=True))]
 
     sums = v.loop(groups, [v.floats(0)] * (tokens * columns), group)
     _store_all(v, sums, _outputs(v, tokens, columns, y, ldy, valid))

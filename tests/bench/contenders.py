@@ -19,7 +19,6 @@ import copy
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import ggml
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 
 from edgelab.kernels.matmul import qmatmul, qmatmul_experts
 from edgelab.kernels.pack import Tiles, aligned, tile
+from edgelab.matmul_lab import last_level_cache
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.qtensor import QTensor, pack
 from edgelab.scheme import PerGroup, QuantScheme
@@ -76,15 +76,6 @@ NF4 = np.array([  # QLoRA (Dettmers et al., 2023), appendix E
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ], np.float32)
 # fmt: on
-
-
-def last_level_cache() -> int:
-    """Bytes of the first processor's largest cache; 32 MiB where the system does not say."""
-    sizes = []
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = index.read_text().strip()
-        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
-    return max(sizes, default=32 << 20)
 
 
 def copies(nbytes: int) -> int:
