@@ -507,9 +507,9 @@ def _with_int8(models: dict) -> dict:
     found = {}
     for name, model in models.items():
         found[name] = model
-        twin = deepcopy(model)
-        if set_activations(twin, "int8"):
-            found[f"{name}, int8 activations"] = twin
+        if set_activations(model, None):  # it has layers in low bits
+            twin = found[f"{name}, int8 activations"] = deepcopy(model)
+            set_activations(twin, "int8")
     if len(found) == len(models):
         raise ValueError(f"--int8-activations: {', '.join(models)} has no layer in low bits; name a bundle, from edgelab compress")
     return found

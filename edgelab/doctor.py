@@ -116,7 +116,7 @@ def fingerprint() -> dict[str, str]:
         "machine": machine(),
         "architecture": platform.machine(),
         "low-bit instructions": ", ".join(k for k in CPU_FEATURES if k in flags) or "none known",
-        "kernels": _kernel_way(),
+        "kernels": _kernel_way()[0],
         "cores usable": str(usable_cores()),
         "memory": f"{memory[0]:.1f} GB, {memory[1]:.1f} GB free" if memory else "unknown",
         "system": platform.platform(),
@@ -126,14 +126,19 @@ def fingerprint() -> dict[str, str]:
     return found
 
 
-def _kernel_way() -> str:
-    """The instructions that the kernels take here, or why they cannot run."""
+def _kernel_way() -> tuple[str, str]:
+    """(the instructions that the kernels take here, or why they cannot run; the way out, empty when all is well)."""
     try:
+        import edgelab.kernels.matmul  # noqa: F401 - compiles nothing, but fails where kernels cannot be
         from edgelab.kernels import simd
 
-        return f"{simd.way()} (of {', '.join(simd.ways())}; {simd.VARIABLE} chooses another)"
+        return f"{simd.way()} (of {', '.join(simd.ways())}; the environment variable {simd.VARIABLE} chooses another)", ""
+    except ImportError as error:
+        return f"cannot be imported: {error}", "pip install -c constraints.txt -e ."
     except Exception as error:
-        return f"cannot run: {type(error).__name__}: {error}"
+        return f"cannot run: {error}", "set EDGELAB_SIMD to one of those, or not at all" if isinstance(
+            error, ValueError
+        ) else "see the error"
 
 
 def broken_imports(names: Iterable[str] = NEEDED) -> dict[str, str]:
@@ -234,6 +239,8 @@ def examine() -> list[Check]:
     checks.append(
         Check("CPU features", "ok" if flags else "warn", ", ".join(CPU_FEATURES[k] for k in flags) or "none known: portable loops")
     )
+    way, wrong = _kernel_way()
+    checks.append(Check("kernels", "fail" if wrong else "ok", way, wrong))
     cores = usable_cores()
     checks.append(Check("cores", "ok" if cores >= 2 else "warn", str(cores), "" if cores >= 2 else "everything runs, more slowly"))
     memory = memory_gb()

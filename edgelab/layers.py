@@ -16,14 +16,18 @@ model: rounding them to bfloat16 would change the weights. `QExperts` stands in 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from edgelab.kernels._jit import threads, threads_are_chosen
 from edgelab.kernels.experts import run as run_experts
@@ -44,13 +48,18 @@ def set_kernel(name: str) -> str:
     return before
 
 
-def set_activations(model: nn.Module, activations: str) -> int:
-    """The number of quantized layers of `model` that from now on take `activations`: "float32" or "int8", on the CPU's kernels."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+def set_activations(model: nn.Module, activations: str | None) -> int:
+    """The number of quantized layers of `model` that from now on take `activations`, on the CPU's kernels: "float32" or "int8".
+
+    It holds for these layers whatever `set_kernel` says for all; None leaves them to `set_kernel` again.
+    """
+    if activations is not None and activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}, or None")
     found = [m for m in model.modules() if isinstance(m, Quantized) and not isinstance(m, QEmbedding)]
     for layer in found:
-        layer.kernel = "numba-int8" if activations == "int8" else "numba"
+        layer.__dict__.pop("kernel", None)
+        if activations is not None:
+            layer.kernel = "numba-int8" if activations == "int8" else "numba"
     return len(found)
 
 
@@ -119,10 +128,10 @@ class Quantized(nn.Module):
         self._stored[name] = _Stored(f"{prefix}packed", f"{prefix}scales", shape, scheme)
 
     def qtensors(self) -> dict[str, QTensor]:
-        """The weights as `QTensor`s, by the name of the parameter each replaces: views on the buffers (copies off the CPU)."""
+        """The weights as `QTensor`s, by the name of the parameter each replaces: read-only views on the buffers (copies off the CPU)."""
         buffers = self._buffers
         return {
-            name: QTensor(buffers[s.packed].cpu().numpy(), buffers[s.scales].cpu().numpy(), s.shape, s.scheme)
+            name: QTensor(_read_only(buffers[s.packed]), _read_only(buffers[s.scales]), s.shape, s.scheme)
             for name, s in self._stored.items()
         }
 
@@ -138,7 +147,10 @@ class Quantized(nn.Module):
         return sum(s.scheme.nbytes(s.shape) for s in self._stored.values())
 
     def _tiles(self, name: str) -> Tiles:
-        """The weight as the kernels read it, laid out again when a buffer was replaced, moved or written to."""
+        """The weight as the kernels read it, laid out again when a buffer was replaced, moved, loaded or written to.
+
+        PyTorch does not count what is written through `.data`, or to a tensor made in inference mode: `forget_tiles` then.
+        """
         s = self._stored[name]
         packed, scales = self._buffers[s.packed], self._buffers[s.scales]
         held = self._views.get(name)
@@ -153,6 +165,10 @@ class Quantized(nn.Module):
         self._views[name] = (packed, scales, _version(packed, scales), tiles)
         return tiles
 
+    def forget_tiles(self) -> None:
+        """Lay the weights out anew at the next call."""
+        self._views.clear()
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._views.clear()  # tensors of inference mode do not count their versions
         super()._load_from_state_dict(*args, **kwargs)
@@ -163,9 +179,13 @@ class Quantized(nn.Module):
         return self.kernel == "numba-int8" and longest <= LONGEST_GROUP
 
     def _use_kernel(self, *inputs: Tensor) -> bool:
-        if self.kernel == "torch" or torch.compiler.is_compiling():
+        if self.kernel == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
             return False
+        if any(type(t) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(t) for t in inputs):
+            return False  # fake tensors, vmap and the like hold no numbers that a kernel could read
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            if self.kernel == "numba-int8":
+                _warn_of_gradients()
             return False
         return all(t.is_cpu for t in inputs)
 
@@ -237,7 +257,7 @@ class QLinear(Quantized):
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
         if self._use_kernel(x, self.packed):
             rows = _rows(x)
-            y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32)
+            y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device="cpu")
             flat = y.numpy().reshape(-1, self.out_features)
             multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=kernel_threads())
         else:
@@ -356,6 +376,8 @@ class QExperts(Quantized):
         The index `num_experts` is the sentinel of transformers' expert parallelism: that choice is skipped.
         """
         tokens, k = top_k_index.shape
+        if top_k_index.is_floating_point():
+            raise ValueError(f"top_k_index is {top_k_index.dtype}; it must hold the numbers of experts, as integers")
         if hidden_states.shape != (tokens, self.hidden_dim) or top_k_weights.shape != (tokens, k):
             raise ValueError(
                 f"hidden_states is {tuple(hidden_states.shape)}, top_k_index {tokens, k} and top_k_weights {tuple(top_k_weights.shape)}; "
@@ -363,7 +385,7 @@ class QExperts(Quantized):
             )
         by_kernel = self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed)
         if by_kernel and self._is_swiglu:
-            out = torch.empty((tokens, self.hidden_dim), dtype=torch.float32)
+            out = torch.empty((tokens, self.hidden_dim), dtype=torch.float32, device="cpu")
             run_experts(
                 self._tiles("gate_up_proj"),
                 self._tiles("down_proj"),
@@ -398,7 +420,7 @@ class QExperts(Quantized):
     def _by_kernel(self, x: Tensor, offsets: np.ndarray) -> Tensor:
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
-            y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32)
+            y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32, device="cpu")
             multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=kernel_threads())
             if bias is not None:
                 y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
@@ -431,6 +453,21 @@ def _three(weight: QTensor | Blank, name: str) -> tuple[int, int, int]:
     if len(weight.shape) != 3:
         raise ValueError(f"{name} is {tuple(weight.shape)}; an expert stack has three dimensions [experts, out, in]")
     return tuple(weight.shape)
+
+
+@cache
+def _warn_of_gradients() -> None:
+    """Once a process: a model whose norms can be trained records gradients unless told not to."""
+    warnings.warn(
+        "int8 activations are not used while gradients are recorded: wrap the call in torch.inference_mode() or torch.no_grad()",
+        stacklevel=2,
+    )
+
+
+def _read_only(t: Tensor) -> np.ndarray:
+    array = t.detach().cpu().numpy().view()
+    array.flags.writeable = False
+    return array
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -78,7 +78,7 @@ class TilePicture:
         read = ", ".join(f"{b} vectors of {VECTOR} bytes at {b} bits" for b in self.panels)
         return (
             f"A unit of a tile, {ROWS} rows by {UNIT} inputs, takes {read}. Bytes 4r to 4r + 3 of each vector belong to row r; drawn are "
-            f"the first {self.columns} bytes, rows 0 to {self.columns // 4 - 1}"
+            f"the first {self.columns} bytes, rows 0 to {self.columns // 4 - 1}, each byte with its lowest bit (bit 0) at the top"
             + (f", and the lanes of all {ROWS} rows are alike." if same else "; the lanes of the rows DIFFER.")
         )
 
@@ -103,7 +103,7 @@ class TilePicture:
                     "cmax": QUADS - 0.5,
                     "line": {"color": "white", "width": 1},
                 },
-                textfont={"size": 10},
+                textfont={"size": np.array([7 if p.bits == 1 else 10 for p in panel], np.uint8)},  # a bit is some 9 pixels high
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
@@ -115,7 +115,10 @@ class TilePicture:
         fig.update_xaxes(title_text="byte", dtick=4, showgrid=False)
         most = 8 * max(self.panels)
         fig.update_yaxes(
-            range=[most, 0], tickvals=list(range(4, most, 8)), ticktext=[f"vector {v}" for v in range(most // 8)], showgrid=False
+            range=[most, 0],
+            tickvals=[0.5, 7.5, *range(4, most, 8)],
+            ticktext=["bit 0", "bit 7", *(f"vector {v}" for v in range(most // 8))],
+            showgrid=False,
         )
         return fig
 
@@ -125,7 +128,7 @@ class TilePicture:
 
     def svg(self) -> str:
         """The same picture without JavaScript."""
-        cell, bit, left, top, gap = 17, 8.0, 62, 62, 22
+        cell, bit, left, top, gap = 17, 9.0, 62, 62, 22
         high = top + bit * 8 * max(self.panels)
         wide = left + len(self.panels) * (self.columns * cell + gap)
         out = [
@@ -135,6 +138,8 @@ class TilePicture:
         ]
         for v in range(max(self.panels)):
             out.append(f'<text x="{left - 6}" y="{top + bit * (8 * v + 4) + 4:.0f}" text-anchor="end">vector {v}</text>')
+        for name, n in (("bit 0", 0), ("bit 7", 7)):
+            out.append(f'<text x="{left - 6}" y="{top + bit * (n + 0.5) + 3:.0f}" text-anchor="end" font-size="9">{name}</text>')
         texts = []
         for i, (bits, panel) in enumerate(self.panels.items()):
             x0 = left + i * (self.columns * cell + gap)
@@ -146,7 +151,8 @@ class TilePicture:
             for p in panel:
                 x, y, h = x0 + p.byte * cell, top + bit * (8 * p.vector + p.first), bit * p.bits
                 paths.setdefault(_quad_colour(p), []).append(f"M{x} {y:g}h{cell - 1}v{h - 1:g}h-{cell - 1}z")
-                texts.append(f'<text x="{x + cell / 2 - 0.5:g}" y="{y + h / 2 + 2.2:g}" fill="{_ink(p)}">{p.input}</text>')
+                small = ' font-size="6"' if p.bits == 1 else ""  # lower than the block, or the digits of two would touch
+                texts.append(f'<text x="{x + cell / 2 - 0.5:g}" y="{y + h / 2 + 1.8:g}" fill="{_ink(p)}"{small}>{p.input}</text>')
             out += [f'<path fill="{colour}" d="{"".join(d)}"/>' for colour, d in paths.items()]
             out.append(f'<text x="{x0}" y="{high + 18:.0f}">bytes 0 to {self.columns - 1}</text>')
         return "\n".join([*out, f'</g><g font-size="7" text-anchor="middle">{"".join(texts)}</g></svg>'])

@@ -239,8 +239,19 @@ class MatmulControl:
         return self.points[self.scheme, self.rows.value, self.activations.value]
 
     def choose(self, scheme: QuantScheme | str, rows: int | None = None, activations: str | None = None) -> lab.Point | None:
-        """Set the inputs and return what was measured, None when that was not possible (then `error` says why)."""
+        """Set the inputs and return what was measured, None when that was not possible (then `error` says why).
+
+        Raises ValueError for what the inputs do not offer, and leaves them as they were.
+        """
         scheme = QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        offered = [kind for _, kind in self.granularity.options]
+        if scheme not in [QuantScheme(bits, kind) for bits in BITS for kind in offered]:
+            names = ", ".join(str(kind) for kind in offered)
+            raise ValueError(f"{scheme} is not offered for rows of {self._weight.shape[1]}; use int2, int3, int4 or int8 with one of {names}")
+        if rows is not None and not (isinstance(rows, int | np.integer) and 1 <= rows <= self.MOST_ROWS):
+            raise ValueError(f"rows={rows!r}; use a whole number from 1 to {self.MOST_ROWS}")
+        if activations is not None and activations not in self.activations.options:
+            raise ValueError(f"activations={activations!r}; use {' or '.join(map(repr, self.activations.options))}")
         self._busy = True
         try:
             self.bits.value, self.granularity.value = scheme.bits, scheme.granularity
@@ -311,7 +322,7 @@ class MatmulControl:
             fig.add_scatter(mode="markers", name=f"{activations}, measured", marker=marker, row=2, col=1)
         fig.update_traces(hovertemplate="%{text}<extra></extra>", selector={"mode": "markers"})
         fig.update_layout(template=plots.TEMPLATE, height=660, autosize=True, barmode="stack", legend={"y": 1.08}, margin={"t": 100})
-        fig.update_xaxes(title_text="error, % of the weights (root mean square)", row=1, col=1)
+        fig.update_xaxes(title_text="error, % of the weight's root mean square", row=1, col=1)
         fig.update_yaxes(title_text="% of weights, per % of error", row=1, col=1)
         fig.update_yaxes(title_text="MB", row=1, col=2)
         fig.update_xaxes(title_text="operations per byte of weights (counted)", type="log", row=2, col=1)
@@ -352,7 +363,7 @@ class MatmulControl:
         return (
             f'<p aria-live="polite"><b>{p.name}, {p.tokens} row{"s" * (p.tokens > 1)} of {p.activations} activations</b>: '
             f"{p.nbytes / 1e6:.2f} MB for {wide.shape[0]:,} x {wide.shape[1]:,} weights (counted); "
-            f"the weights are off by {100 * error.rms:.3g} %, the outputs by {100 * lost:.3g} % (computed); "
+            f"the weights are off by {lab.percent(error.rms)} %, the outputs by {lab.percent(lost)} % of their root mean square (computed); "
             f"{p.timing} per call (measured, {p.timing.calls} calls), {p.share:.2f} of what {p.bound} allows: {lab.duration(p.limit)} "
             f"(computed from the measured ceilings).</p>"
         )
@@ -366,7 +377,7 @@ class MatmulControl:
         for (scheme, rows, activations), p in self.points.items():
             _, error, output, _ = self._rounded[scheme]
             lost = output.int8_activations if activations == "int8" else output.float_activations
-            cells = (rows, activations, f"{p.nbytes / 1e6:.2f}", f"{100 * error.rms:.3g}", f"{100 * lost:.3g}", p.timing)
+            cells = (rows, activations, f"{p.nbytes / 1e6:.2f}", lab.percent(error.rms), lab.percent(lost), p.timing)
             cells += (f"{lab.duration(p.limit)}, {p.bound}", f"{p.share:.2f}")
             lines.append(f'<tr><th scope="row">{scheme}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
         head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
@@ -393,15 +404,35 @@ class MatmulControl:
             for trace in traces:
                 if trace.x is not None and len(trace.x):
                     trace = trace.to_plotly_json() | {"xaxis": "x", "yaxis": "y"}
+                    trace["showlegend"] = True  # on its own, a part has no room to explain its lines elsewhere
                     if trace.get("mode") == "markers":
                         trace["marker"] = trace["marker"] | {"size": 9}
+                        # what the pointer would say stands beside the point: left of the slope and right of it the page is empty
+                        side = "top left" if trace["name"].startswith("int8") else "bottom right"
+                        trace |= {"mode": "markers+text", "textposition": side, "cliponaxis": False, "textfont": {"size": 10}}
+                        trace |= {"customdata": trace["text"], "hovertemplate": "%{customdata}<extra></extra>"}
+                        trace["text"] = [f"{p.name}, {p.tokens} row{'s' * (p.tokens > 1)}" for p in self._of(trace["name"])]
                     fig.add_trace(trace)
+            if axis == "3":  # room for the labels on the left
+                ends = [math.log10(v) for v in (fig.data[0].x[0], fig.data[0].x[-1])]
+                fig.update_xaxes(range=[ends[0] - 0.6, ends[1] + 0.1])
             parts.append(fig)
         return parts
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
+    def _of(self, trace: str) -> list[lab.Point]:
+        """The points that the trace of that name shows."""
+        return [p for p in self.points.values() if trace.startswith(p.activations)]
 
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """The inputs, the sentence, the figure and the table; where no widget can be shown, a sentence that says what would be."""
         rows = w.HBox([self.rows, self.slider])  # on one line, however narrow the page
         inputs = w.HBox([self.bits, self.granularity, self.activations, rows], layout={"flex_flow": "row wrap"})
-        display(w.VBox([inputs, self.sentence, self.figure, self.table]))
+        box = w.VBox([inputs, self.sentence, self.figure, self.table])
+        return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+
+    def __repr__(self) -> str:
+        p = self.point
+        return (
+            "A control of bits, granularity, activations and rows, which needs a running notebook; it stands at "
+            f"{p.name}, {p.tokens} row{'s' * (p.tokens > 1)} of {p.activations} activations: {p.timing} per call."
+        )

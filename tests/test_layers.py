@@ -485,6 +485,68 @@ def test_set_activations_switches_the_layers_of_one_model():
     assert set_activations(model, "int8") == 1
     assert not torch.equal(model[0](x), plain_y) and torch.equal(other(x), plain_y)
     assert set_activations(model, "float32") == 1 and torch.equal(model[0](x), plain_y)
+    before = set_kernel("numba-int8")
+    try:
+        assert torch.equal(model[0](x), plain_y)  # pinned
+        set_activations(model, None)
+        assert not torch.equal(model[0](x), plain_y)
+    finally:
+        set_kernel(before)
     assert set_activations(nn.Linear(3, 3), "int8") == 0
-    with pytest.raises(ValueError, match="activations='int4' is not known; use one of float32, int8"):
+    with pytest.raises(ValueError, match="activations='int4' is not known; use one of float32, int8, or None"):
         set_activations(model, "int4")
+
+
+def test_tracing_leaves_the_kernels_alone():
+    """A trace of a kernel's output would hold the memory it was written to, and no operation."""
+    q, x = quantized(20, 64), torch.randn(3, 64)
+    layer = QLinear(q)
+    with torch.no_grad():
+        expected = layer(x)  # the tiles are there
+        traced = torch.jit.trace(layer, torch.zeros(3, 64), check_trace=False)
+        close(traced(x), expected)
+        close(torch.vmap(layer)(x[:, None])[:, 0], expected)
+    tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    close(tangent, layer(torch.ones_like(x)))
+
+
+@torch.no_grad()
+def test_a_default_device_does_not_matter():
+    layer, (experts, _) = QLinear(quantized(20, 64)), experts_of("deepseek_v3")
+    x, (index, weights) = torch.randn(3, 64), routing(3)
+    expected = layer(x), experts(x, index, weights)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), expected[0]) and torch.equal(experts(x, index, weights), expected[1])
+
+
+@torch.no_grad()
+def test_codes_cannot_be_written_behind_a_layer_s_back():
+    layer = QLinear(quantized(20, 64))
+    with pytest.raises(ValueError, match="read-only"):
+        layer.qtensors()["weight"].packed[0, 0] = 1
+    x, other = torch.randn(2, 64), quantized(20, 64)
+    layer(x)
+    layer.packed.data.copy_(torch.from_numpy(other.packed))  # PyTorch does not count this
+    layer.scales.data.copy_(torch.from_numpy(other.scales))
+    layer.forget_tiles()
+    close(layer(x), plain(other)(x))
+
+
+def test_int8_activations_say_that_gradients_keep_them_from_being_used():
+    from edgelab import layers
+
+    layers._warn_of_gradients.cache_clear()
+    layer = QLinear(quantized(20, 64))
+    layer.kernel = "numba-int8"
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"not used while gradients are recorded: wrap the call in torch.inference_mode\(\)"):
+        y = layer(x)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), y)
+
+
+@torch.no_grad()
+def test_numbers_of_experts_are_integers():
+    layer, _ = experts_of("deepseek_v3")
+    with pytest.raises(ValueError, match=r"top_k_index is torch\.float32; it must hold the numbers of experts, as integers"):
+        layer(torch.randn(2, 64), torch.rand(2, 2), torch.rand(2, 2))

@@ -233,7 +233,7 @@ def assembly(way: str) -> dict[str, str]:
         ("avx512", r"vpdpbusd\s.*%zmm", r"vpmaddubsw|vpmullw"),
         ("avxvnni", r"\{vex\}\s+vpdpbusd\s.*%ymm", r"vpmaddubsw|vpmullw|zmm"),
         ("avx2", r"vpmaddubsw\s.*%ymm", r"vpdpbusd|vpmullw|zmm"),
-        ("portable", r"pmullw", r"vpdpbusd|pmaddubsw|%ymm"),
+        ("portable", r"pmaddwd", r"vpdpbusd|pmaddubsw|%ymm"),
         ("sdot", r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.(16b|4b\[\d\])", r"[su]mull2?\s|\s(mul|mla)\s+v|\s[su]dot\s+v\d+\.2s"),
     ],
     ids=["avx512", "avxvnni", "avx2", "portable", "sdot"],

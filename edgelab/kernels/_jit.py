@@ -1,16 +1,15 @@
 """How every kernel is compiled and cached, and how many threads run it.
 
-`exact` keeps IEEE arithmetic, `approx` lets sums be reordered. `approx` names its freedoms instead of saying
-`fastmath=True`, which also promises that no NaN or infinity ever occurs and so makes `isnan(nan)` False. The freedoms:
-reorder sums (`reassoc`, what lets a dot product use vector lanes), fuse multiply and add (`contract`), ignore the sign of
-zero (`nsz`), divide by multiplying with the reciprocal (`arcp`), approximate functions (`afn`).
+`exact` keeps IEEE arithmetic; no kernel gives numba leave to do otherwise. Those that want vector lanes and fused operations say so
+themselves (`simd.py`), and so stay the same on every processor; `fastmath=True` would also promise that no NaN ever occurs,
+and make `isnan(nan)` False.
 
 Compiled kernels are kept on disk. numba's own cache looks at the kernel's file only, so an edit to a helper elsewhere, or
 another choice of instructions, would go unnoticed; ours also asks for the digest of every file in `kernels/` and for the
 way of `simd.py`.
 
-Kernels run on threads of our own (`pool.py`), one product at a time: hold `ONE_AT_A_TIME`. Where those do not exist, and in
-`ceiling.py`, threads come from numba's `workqueue` layer, unless the environment chooses another (`NUMBA_THREADING_LAYER`):
+Kernels run on threads of our own (`pool.py`), one product at a time: hold `ONE_AT_A_TIME`. Elsewhere than on Linux threads
+come from numba's `workqueue` layer, unless the environment chooses another (`NUMBA_THREADING_LAYER`):
 OpenMP's idle threads spin, and beside a busy process a kernel of 0.13 ms took 22 ms. `workqueue` aborts the process when two
 Python threads are in it at once, which the same lock prevents.
 """
@@ -19,8 +18,11 @@ import glob
 import hashlib
 import operator
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numba
@@ -30,11 +32,10 @@ from numba.core.ccallback import CFunc
 
 from edgelab.kernels import simd
 
-if not {"NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY"} & set(os.environ):
+if sys.platform != "linux" and not {"NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY"} & set(os.environ):
     numba.config.THREADING_LAYER = "workqueue"  # no effect when numba's threads already run
 
-ONE_AT_A_TIME = threading.Lock()
-APPROX = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
+ONE_AT_A_TIME = threading.RLock()  # a signal's handler runs in the thread that holds it, after the kernel, and may call another
 _chosen: int | None = None
 
 
@@ -59,15 +60,20 @@ class _Files(IndexDataCacheFile):
         return f"{self._base}.{_DIGEST[:8]}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
 
     def save(self, key, data) -> None:
-        self._save_data(self._name(key), data)
-        for old in Path(self._cache_path).glob(f"{glob.escape(self._base)}.*"):
-            if not old.name.startswith(f"{self._base}.{_DIGEST[:8]}."):
-                old.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk, another user's folder: compiled again next time
+            self._save_data(self._name(key), data)
+            for old in Path(self._cache_path).glob(f"{glob.escape(self._base)}.*"):
+                if not old.name.startswith(f"{self._base}.{_DIGEST[:8]}."):
+                    old.unlink(missing_ok=True)
 
     def load(self, key):
         try:
             return self._load_data(self._name(key))
-        except OSError:
+        except FileNotFoundError:
+            return None
+        except Exception:  # cut short when the machine went down, say: whatever it is, it is not the code
+            with suppress(OSError):
+                (Path(self._cache_path) / self._name(key)).unlink()
             return None
 
     def flush(self) -> None:
@@ -95,30 +101,41 @@ def exact(function=None, *, parallel: bool = False, variant: object = None):
     return _compiled(function, variant, parallel=parallel)
 
 
-def approx(function=None, *, parallel: bool = False, variant: object = None):
-    """`function` compiled with the freedoms of `APPROX`: float sums agree with the NumPy twin within a bound."""
-    return _compiled(function, variant, parallel=parallel, fastmath=set(APPROX))
-
-
 def _compiled(function, variant, **options):
     if function is None:
         return lambda f: _compiled(f, variant, **options)
     dispatcher = njit(error_model="numpy", nogil=True, **options)(function)
-    dispatcher._cache = _Cache(function, variant)  # what `cache=True` does, with our key
+    if (kept := _cache_of(function, variant)) is not None:
+        dispatcher._cache = kept  # what `cache=True` does, with our key
     return dispatcher
 
 
+def _cache_of(function: Callable, variant: object) -> _Cache | None:
+    """The on-disk cache of `function`; None, with a warning, where no folder can be written to."""
+    try:
+        return _Cache(function, variant)
+    except RuntimeError as error:  # numba's "no locator available"
+        warnings.warn(
+            f"edgelab's kernels are compiled again in each process, for nothing can be kept on disk ({error}): "
+            "set NUMBA_CACHE_DIR to a folder that can be written to",
+            stacklevel=2,
+        )
+        return None
+
+
 def job(function=None, *, variant: object = None):
-    """`function` (plan, part, parts) as a C function, compiled with IEEE arithmetic on first use of its `.address`.
+    """`function` (plan, part, parts) as a C function of that `.address`, compiled at once with IEEE arithmetic.
 
     `plan` points to int64 numbers, addresses among them. A loop over threads calls jobs by address (`simd.call`), so that
     it is compiled once and not, as a loop that calls kernels by name, again with each kernel's body inside (4.6 s against 1.7 s).
     """
     if function is None:
         return lambda f: job(f, variant=variant)
+    function.__qualname__ += f"_{variant}"  # of which numba makes the symbol: each variant has its own
     signature = types.void(types.CPointer(types.int64), types.int64, types.int64)
     made = CFunc(function, (signature.args, signature.return_type), locals={}, options={"error_model": "numpy"})
-    made._cache = _Cache(function, variant)
+    if (kept := _cache_of(function, variant)) is not None:
+        made._cache = kept
     made.compile()
     return made
 
@@ -143,7 +160,7 @@ def set_threads(n: int | None) -> int:
 
 def threads() -> int:
     """The number of threads that kernels use for a product worth them."""
-    return _chosen if _chosen is not None else numba.get_num_threads()
+    return _chosen if _chosen is not None else numba.config.NUMBA_NUM_THREADS
 
 
 def threads_are_chosen() -> bool:

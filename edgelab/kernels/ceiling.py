@@ -1,12 +1,12 @@
 """What this machine can do at most: read memory, multiply bytes. Measured in a fraction of a second, by loops that do nothing else.
 
 A kernel cannot beat the slower of (its bytes / read bandwidth) and (its operations / integer peak): the roofline
-(Williams, Waterman & Patterson, CACM 52(4), 2009). Both loops use the same vectors and threads as the kernels. The time
-is the best of many short runs: a ceiling is what the machine can do when nothing disturbs it.
+(Williams, Waterman & Patterson, CACM 52(4), 2009). Both loops use the vectors and threads of the kernels. The time is the best
+of many short runs: a ceiling is what the machine can do when nothing disturbs it.
 """
 
 import time
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from llvmlite import ir
@@ -39,11 +39,14 @@ def _read(v: Vectors, x: ir.Value, y: ir.Value, count: ir.Value) -> None:
 
 
 def _multiply(v: Vectors, x: ir.Value, y: ir.Value, count: ir.Value) -> None:
-    """`count` rounds of 12 independent `dot`s on registers; the sums go to y."""
-    w, four = v.load(v.i32, x), v.load(v.i32, x, 4 * v.lanes)
+    """`count` rounds of 12 `dot`s on registers; the sums go to y.
+
+    Each takes another's sum of the round before as its activations: products of constants would be taken out of the loop.
+    """
+    w = v.load(v.i32, x)
 
     def step(i, sums):
-        return [v.dot(total, w, four, 4) for total in sums]
+        return [v.dot(total, w, sums[(n + 1) % len(sums)], 4) for n, total in enumerate(sums)]
 
     for i, value in enumerate(v.loop(count, [v.ints(i) for i in range(12)], step)):
         v.store(value, y, 4 * v.lanes * i)
@@ -93,7 +96,13 @@ def _time(function: int, plan: np.ndarray, workers: int) -> float:
         return time.perf_counter() - start
 
 
-@cache
+def _workers(n: int | None) -> int:
+    if n is not None and n < 1:
+        raise ValueError(f"n={n} threads; use 1 or more")
+    return (threads() if n is None else n) - 1
+
+
+@lru_cache(1)
 def _buffer(size: int) -> np.ndarray:
     buffer = aligned((size,))
     buffer[:] = 1  # a page that was never written is one shared page of zeros, which the cache holds
@@ -106,7 +115,9 @@ def read_bandwidth(n: int | None = None, size: int = 256 << 20, seconds: float =
     `size` far above the last cache measures the memory, one below a cache that cache. On a virtual machine the last cache
     can be larger than the machine says: 256 MiB it is.
     """
-    workers = (n or threads()) - 1
+    workers = _workers(n)
+    if size < LINES * VECTOR * parts_of(workers):
+        raise ValueError(f"size={size} bytes is too little to share; use at least {LINES * VECTOR * parts_of(workers)}")
     x, y = _buffer(size), aligned((_RESULT * parts_of(workers),))
     pieces = max(1, size >> 24)  # each 16 MiB or more: short enough to find one undisturbed
     blocks = size // pieces // (LINES * VECTOR)
@@ -122,7 +133,7 @@ def read_bandwidth(n: int | None = None, size: int = 256 << 20, seconds: float =
 
 def integer_peak(n: int | None = None, rounds: int = 200_000, seconds: float = 0.2) -> float:
     """Operations per second (a multiplication and an addition are two) of the byte products of `simd.way()`, on registers."""
-    workers = (n or threads()) - 1
+    workers = _workers(n)
     parts = parts_of(workers)
     x, y = aligned((256,)), aligned((_RESULT * parts,))
     x[:] = 3

@@ -139,7 +139,7 @@ def run(gate_up: Tiles, down: Tiles, x, indices, weights, out, integer: bool, mo
     """`swiglu_experts` without its checks but for the indices (`name` them in an error), on up to `most` threads."""
     tokens, k = indices.shape
     slots, experts, inner = tokens * k, gate_up.codes.shape[0], down.n
-    if not slots:
+    if not slots or not inner:
         out[:] = 0
         return
     active = min(slots, experts)

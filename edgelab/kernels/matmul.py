@@ -21,7 +21,7 @@ import numpy as np
 from edgelab.kernels import micro, simd
 from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job, threads
 from edgelab.kernels.pack import QUADS, ROWS, UNIT, VECTOR, Tiles, aligned
-from edgelab.kernels.pool import each, parts_of, ready
+from edgelab.kernels.pool import MOST_WORKERS, each, parts_of, ready
 from edgelab.kernels.simd import call, emitted, peek
 
 ACTIVATIONS = ("float32", "int8")
@@ -303,12 +303,15 @@ def plan(scratch, weight, sizes, offsets, x, rows, y):
 
 
 _HEAD = -(-8 * PLAN // VECTOR) * VECTOR
+_KEEP = 64 << 20  # bytes of scratch memory that a thread may hold for good
 _NO_ROWS = np.empty(0, np.int64)
 _local = threading.local()
 
 
 def arena(size: int) -> np.ndarray:
-    """Scratch memory of this Python thread, kept between calls."""
+    """Scratch memory of this Python thread, kept between calls unless it is large."""
+    if size > _KEEP:
+        return aligned((size,))
     held = getattr(_local, "arena", None)
     if held is None or held.size < size:
         held = _local.arena = aligned((max(size, 1 << 16),))
@@ -360,7 +363,7 @@ def expected_ns(tiles: Tiles, slots: int, active: int, integer: bool) -> float:
 
 def workers_for(ns: float, most: int | None) -> int:
     """How many threads besides the caller's for a product that takes about `ns` on one, of `most` (None: `set_threads`)."""
-    return 0 if ns < PARALLEL_FROM_NS else (threads() if most is None else most) - 1
+    return 0 if ns < PARALLEL_FROM_NS else min((threads() if most is None else most) - 1, MOST_WORKERS)
 
 
 @exact
@@ -388,6 +391,9 @@ def qmatmul_experts(
     """
     check(tiles, x, y, activations)
     slots = y.shape[0]
+    for name, a in (("offsets", offsets), ("rows", rows)):
+        if a is not None and not isinstance(a, np.ndarray):
+            raise TypeError(f"{name} is a {type(a).__name__}; it must be a NumPy array of int64")
     if offsets.dtype != np.int64 or offsets.shape != (tiles.codes.shape[0] + 1,) or not offsets.flags.c_contiguous:
         experts = tiles.codes.shape[0]
         raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}; {experts} experts need contiguous int64 ({experts + 1},)")
@@ -398,7 +404,7 @@ def qmatmul_experts(
         raise ValueError(f"rows are {rows.dtype} {rows.shape}; y with {slots} rows needs contiguous int64 ({slots},)")
     wrong = _wrong(offsets, slots, _NO_ROWS if rows is None else rows, x.shape[0])
     if wrong == 1:
-        raise ValueError(f"offsets run from {offsets[0]} to {offsets[-1]}; they must rise from 0 to the {slots} rows of y")
+        raise ValueError(f"offsets {offsets[:8].tolist()}... end at {offsets[-1]}; they must rise from 0 to the {slots} rows of y")
     if wrong == 2:
         raise ValueError(f"rows hold {rows.min()} .. {rows.max()}; x has rows 0 .. {x.shape[0] - 1}")
     multiply(tiles, x, offsets, y, activations == "int8", _NO_ROWS if rows is None else rows)
@@ -407,7 +413,16 @@ def qmatmul_experts(
 def qmatmul(tiles: Tiles, x: np.ndarray, y: np.ndarray, activations: str = "float32") -> None:
     """Fill `y` float32 [tokens, out] with x float32 [tokens, n] times the transposed weight.
 
-    Raises ValueError where shapes, types or memory layout do not fit.
+    `activations`: "float32" (weight-only) or "int8" (x is quantized on the way in). Raises ValueError where shapes, types
+    or memory layout do not fit. From a `QTensor` q: tile(q.packed, q.scales.view(np.int16), q.scheme.bits, group size, n).
+
+    >>> from edgelab.kernels.pack import tile
+    >>> codes, scale = np.array([[1, 2, 255]], np.uint8), np.array([[0.5]], np.float16)  # 8 bits: 128 stands for 0
+    >>> weight = tile(codes, scale.view(np.int16), bits=8, group_size=0, n=3)  # one scale for the row
+    >>> y = np.empty((1, 1), np.float32)
+    >>> qmatmul(weight, np.array([[2, 0, 1]], np.float32), y)
+    >>> y  # 0.5 * (2 * (1 - 128) + 1 * (255 - 128))
+    array([[-63.5]], dtype=float32)
     """
     check(tiles, x, y, activations)
     if tiles.codes.shape[0] != 1:
@@ -418,11 +433,27 @@ def qmatmul(tiles: Tiles, x: np.ndarray, y: np.ndarray, activations: str = "floa
 
 
 def check(tiles: Tiles, x: np.ndarray, y: np.ndarray, activations: str) -> None:
+    """Raise ValueError or TypeError where a weight, its inputs [.., n] and its outputs [.., out] do not fit together."""
+    if not isinstance(tiles, Tiles):
+        raise TypeError(f"the weight is a {type(tiles).__name__}; lay it out with edgelab.kernels.pack.tile first")
+    experts, groups = tiles.codes.shape[0], tiles.scales.shape[2]
+    tall = -(-tiles.out // ROWS)
+    shapes = (experts, tall, groups * -(-tiles.group // UNIT), tiles.bits, VECTOR), (experts, tall, groups, ROWS)
+    whole = tiles.codes.flags.c_contiguous and tiles.scales.flags.c_contiguous
+    if (tiles.codes.shape, tiles.scales.shape) != shapes or not whole or groups * tiles.group != tiles.n:
+        raise ValueError(
+            f"the tiles' codes {tiles.codes.shape} and scales {tiles.scales.shape} are not a weight {tiles.out} x {tiles.n} at "
+            f"{tiles.bits} bits in groups of {tiles.group}: make them with `tile`, and do not cut them"
+        )
     for name, a, width in (("x", x, tiles.n), ("y", y, tiles.out)):
+        if not isinstance(a, np.ndarray):
+            raise TypeError(f"{name} is a {type(a).__name__}; it must be a NumPy array of float32 (rows, {width})")
         if a.dtype != np.float32 or a.ndim != 2 or a.shape[1] != width:
             raise ValueError(f"{name} is {a.dtype} {a.shape}; a weight {tiles.out} x {tiles.n} needs float32 (rows, {width})")
         if not a.flags.c_contiguous:
             raise ValueError(f"{name} {a.shape} is not contiguous (strides {a.strides}): pass np.ascontiguousarray({name})")
+    if np.may_share_memory(x, y):
+        raise ValueError("x and y share memory: y is written while x is still read")
     if not y.flags.writeable:
         raise ValueError("y is read-only; it receives the result")
     if activations not in ACTIVATIONS:

@@ -282,7 +282,8 @@ def a16_few(v: Vectors, bits: int, tokens: int, codes, scales, levels, x, ldx, y
     columns = ROWS // v.lanes
     table = v.levels(levels) if bits < 8 else []
     rows = [[v.mul(ldx, 4 * t)] if t else [] for t in range(tokens)]
-    turns = min(4, max(1, 8 // (tokens * columns)))  # chains of additions, enough of them to hide the fma's latency
+    # Chains of additions, enough of them to hide the fma's latency; the same for every way, and so are the sums' bits.
+    turns = 4 if tokens == 1 else 2
 
     def group(g, sums):
         def unit(u, parts):
@@ -474,6 +475,8 @@ def swiglu(v: Vectors, x, y, count) -> None:
         load = v.load if mask is None else lambda *a: v.load_some(mask, *a)
         gate, up = load(v.f32, x, at), load(v.f32, x, up_at)
         silu = v.b.fdiv(gate, v.b.fadd(v.floats(1.0), _exp(v, v.b.fneg(gate))))
+        none = v.b.fmul(gate, v.floats(0.0))  # NaN where the gate is not finite
+        silu = v.b.select(v.b.fcmp_ordered("<", gate, v.floats(-87.0)), none, silu)
         product = v.b.fmul(silu, up)
         if mask is None:
             v.store(product, y, at)

@@ -23,7 +23,7 @@ import threading
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import config, prange, set_num_threads, types
 from numba.core import cgutils
 
 from edgelab.kernels import simd
@@ -35,7 +35,8 @@ _SYSCALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platfor
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT, FUTEX_WAKE with FUTEX_PRIVATE_FLAG
 _SPINS = 2_000  # looks at the ticket before a worker sleeps, some 25 ns each
 PARTS_PER_THREAD = 4
-_MOST_PARTS, _MOST_WORKERS = 4095, 255
+_MOST_PARTS, MOST_WORKERS = 4095, 255  # what the ticket has room for
+_NUMBA_THREADS = config.NUMBA_NUM_THREADS
 
 # words of the state, each on a cache line of its own
 _TICKET, _FUNCTION, _PLAN, _FINISHED, _EPOCH, _ASLEEP, _STOP = (64 * i for i in range(7))
@@ -134,7 +135,7 @@ def _wake(state):
     epoch = _load(state + _EPOCH)
     _store(state + _EPOCH, (epoch + 1) & 0x7FFFFFFF)
     if _load(state + _ASLEEP) > 0:
-        _futex(state + _EPOCH, _WAKE, _MOST_WORKERS)
+        _futex(state + _EPOCH, _WAKE, MOST_WORKERS)
 
 
 @exact
@@ -153,6 +154,7 @@ def _each_pool(state, function, plan, parts, workers):
 
 @exact(parallel=True)
 def _each_loop(state, function, plan, parts, workers):
+    set_num_threads(min(workers + 1, _NUMBA_THREADS))
     for part in prange(parts):
         call(function, plan, part, parts)
 
@@ -172,9 +174,12 @@ class _Pool:
 
     def ready(self, workers: int) -> int:
         """The address of the state, with at least so many workers running."""
-        if not self.workers and workers:
-            _wake(self.address)  # compiled now, lest it be compiled while the process ends
-        while len(self.workers) < min(workers, _MOST_WORKERS) and _SYSCALL is not None:
+        if _SYSCALL is None:
+            return self.address
+        if not self.workers and workers:  # compiled now: not in a thread that may fail alone, nor while the process ends
+            _serve.compile((types.int64, types.int64))
+            _wake(self.address)
+        while len(self.workers) < min(workers, MOST_WORKERS):
             thread = threading.Thread(target=_serve, args=(self.address, len(self.workers)), name="edgelab-kernels", daemon=True)
             thread.start()
             self.workers.append(thread)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgelab.kernels import router as _router
+from edgelab.kernels.experts import swiglu_experts as _swiglu
 from edgelab.kernels.histogram import count as _count
 from edgelab.kernels.histogram import kl_curve as _kl_curve
 from edgelab.kernels.histogram import mse_curve as _mse_curve
@@ -156,6 +157,54 @@ def qmatmul_experts_int8_bound(tiles: Tiles, x: np.ndarray, offsets: np.ndarray,
     return np.concatenate([qmatmul_int8_bound(one, xe, y[part]) for one, xe, part in _each_expert(tiles, x, offsets, rows)])
 
 
+def swiglu_experts(gate_up: Tiles, down: Tiles, x: np.ndarray, indices: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    """Fill out [tokens, hidden] with sum_j weights[t, j] * down_e(silu(gate_e x) * up_e x), e = indices[t, j]; `experts`: none."""
+    out[:] = _swiglu_experts(gate_up, down, x, indices, weights, qmatmul, lambda *_: 0.0)[0]
+
+
+def swiglu_experts_int8(gate_up: Tiles, down: Tiles, x: np.ndarray, indices: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    """`swiglu_experts` with the inputs of both products quantized."""
+    out[:] = _swiglu_experts(gate_up, down, x, indices, weights, qmatmul_int8, lambda *_: 0.0)[0]
+
+
+def swiglu_experts_bound(gate_up: Tiles, down: Tiles, x: np.ndarray, indices: np.ndarray, weights: np.ndarray, out: np.ndarray):
+    """Largest difference [tokens, hidden] between kernel and twin for these arguments."""
+    return _swiglu_experts(gate_up, down, x, indices, weights, qmatmul, qmatmul_bound)[1]
+
+
+def swiglu_experts_int8_bound(gate_up: Tiles, down: Tiles, x: np.ndarray, indices: np.ndarray, weights: np.ndarray, out: np.ndarray):
+    """Largest difference [tokens, hidden] between kernel and twin for these arguments."""
+    return _swiglu_experts(gate_up, down, x, indices, weights, qmatmul_int8, qmatmul_int8_bound)[1]
+
+
+# An error d of the first product goes through SwiGLU, whose slope in the gate is at most 1.1, and adds the roundings of exp
+# (2 units), sum, quotient and product. What is wrong in h, the second product multiplies with |W|; with int8 activations an h that
+# lies near the middle between two codes may also fall to the other one, a step of absmax / 127.
+def _swiglu_experts(gate_up: Tiles, down: Tiles, x, indices, weights, product, bound) -> tuple[np.ndarray, np.ndarray]:
+    """(outputs float64 [tokens, hidden], how far the kernel's may lie from them)."""
+    outputs, errors = np.zeros((len(x), down.out)), np.zeros((len(x), down.out))
+    inner, integer = down.n, product is qmatmul_int8
+    for t, j in np.ndindex(*indices.shape):
+        e = indices[t, j]
+        if e == len(gate_up.codes):
+            continue
+        first, second = (w._replace(codes=w.codes[e : e + 1], scales=w.scales[e : e + 1]) for w in (gate_up, down))
+        both, y = np.empty((1, 2 * inner), np.float32), np.empty((1, down.out), np.float32)
+        product(first, x[t : t + 1], both)
+        gate, up = np.split(both.astype(np.float64), 2, axis=1)
+        d_gate, d_up = np.split(np.broadcast_to(bound(first, x[t : t + 1], both), both.shape), 2, axis=1)
+        silu = gate / (1 + np.exp(-gate))
+        h = (silu * up).astype(np.float32)
+        product(second, h, y)
+        d_h = (1.1 * d_gate + _relative(6) * np.abs(silu)) * (np.abs(up) + d_up) + np.abs(silu) * d_up + 2.0**-120
+        if integer:
+            d_h = d_h + np.abs(h.reshape(-1, down.group)).max(axis=1).repeat(down.group)[None] / 127
+        d_y = d_h @ np.abs(weight(second)[0]).T + bound(second, h, y)
+        outputs[t] += weights[t, j] * y[0].astype(np.float64)
+        errors[t] += abs(weights[t, j]) * (d_y[0] + _relative(indices.shape[1] + 2) * (np.abs(y[0]) + d_y[0]))
+    return outputs, errors + _relative(1) * np.abs(outputs)
+
+
 def make_qmatmul(
     rng: np.random.Generator,
     *,
@@ -201,6 +250,32 @@ def make_qmatmul_experts(
     rows = rng.integers(0, len(x), tokens) if gather else None
     offsets = np.concatenate([[0, 0], np.sort(rng.integers(0, tokens + 1, experts - 2)), [tokens]])
     return tiles, x, offsets.astype(np.int64), rows, np.full((tokens, out), np.nan, np.float32)
+
+
+def make_swiglu_experts(
+    rng: np.random.Generator,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    per_tensor: bool = False,
+    out: int = 64,
+    n: int = 64,
+    tokens: int = 5,
+    experts: int = 4,
+    k: int = 2,
+) -> tuple:
+    """Arguments of `swiglu_experts`, `out` the hidden and `n` the inner size; some choices are none, with a weight of NaN."""
+    packed = [rng.integers(0, 256, (experts, rows, (width * bits + 7) // 8), np.uint8) for rows, width in ((2 * n, out), (out, n))]
+    scales = []
+    for rows, width in ((2 * n, out), (out, n)):
+        shape = (experts, 1 if per_tensor else rows, width // group_size if group_size else 1)
+        scales.append((rng.uniform(0.5, 1.5, shape) / 2 ** (bits - 1) / width**0.5).astype(np.float16).view(np.int16))
+    stacks = [_tile(p, s, bits, group_size, width) for p, s, width in zip(packed, scales, (out, n), strict=True)]
+    indices = np.argsort(rng.random((tokens, experts + 1)), axis=1)[:, :k].astype(np.int64)
+    weights = rng.random((tokens, k)).astype(np.float32)
+    weights[indices == experts] = np.nan
+    x = rng.standard_normal((tokens, out)).astype(np.float32) * 3
+    return *stacks, x, indices, weights, np.full((tokens, out), np.nan, np.float32)
 
 
 def _tiles(
@@ -456,11 +531,17 @@ def _kernel_experts_int8(tiles: Tiles, x: np.ndarray, offsets: np.ndarray, rows:
     _qmatmul_experts(tiles, x, offsets, y, "int8", rows)
 
 
+def _kernel_swiglu_int8(*args) -> None:
+    _swiglu(*args, activations="int8")
+
+
 PAIRS = {
     "qmatmul": (_qmatmul, qmatmul, make_qmatmul),
     "qmatmul_int8": (_kernel_int8, qmatmul_int8, make_qmatmul),
     "qmatmul_experts": (_kernel_experts, qmatmul_experts, make_qmatmul_experts),
     "qmatmul_experts_int8": (_kernel_experts_int8, qmatmul_experts_int8, make_qmatmul_experts),
+    "swiglu_experts": (_swiglu, swiglu_experts, make_swiglu_experts),
+    "swiglu_experts_int8": (_kernel_swiglu_int8, swiglu_experts_int8, make_swiglu_experts),
     "softmax_topk": (_router.softmax_topk, softmax_topk, make_softmax_topk),
     "deepseek_v3": (_router.deepseek_v3, deepseek_v3, make_deepseek_v3),
     "dispatch": (_router.dispatch, dispatch, make_dispatch),
@@ -474,6 +555,8 @@ BOUNDS = {
     "qmatmul_int8": qmatmul_int8_bound,
     "qmatmul_experts": qmatmul_experts_bound,
     "qmatmul_experts_int8": qmatmul_experts_int8_bound,
+    "swiglu_experts": swiglu_experts_bound,
+    "swiglu_experts_int8": swiglu_experts_int8_bound,
     "softmax_topk": softmax_topk_bound,
     "deepseek_v3": deepseek_v3_bound,
     "dispatch": dispatch_bound,

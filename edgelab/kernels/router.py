@@ -10,7 +10,8 @@ comparison of rounded numbers, so it repeats only if every rounding before it do
   torch's scalar loop and use the C library's `expf`.
 - topk is the C++ library's `partial_sort` where 64 k <= n, else `nth_element` and, when sorted, `sort` of the first k - 1
   (torch, native/TopKImpl.h). Which of two equal scores wins, and the order of DeepSeek's choices (`sorted=False`), is what
-  these algorithms leave behind; here they are libstdc++'s (bits/stl_algo.h and stl_heap.h, as of GCC 12 and 13).
+  these algorithms leave behind. They are introselect and introsort (Musser, Software: Practice and Experience 27(8), 1997) on
+  the heap of Stepanov and Lee's STL (HP, 1994), with the pivots and cut-offs that SGI's STL chose and GNU's library keeps.
 
 So it holds for Linux on x86-64 with AVX2 or AVX-512 (tests compare both, weights bit for bit too). Elsewhere (another C++
 library, torch's ATEN_CPU_CAPABILITY=default, and sigmoids of 32,768 scores and more where several threads of torch split
@@ -158,9 +159,9 @@ def _short_sum(x, acc, lanes):
     return total
 
 
-# ---------------------------------------------------------------------------------- topk as torch's: libstdc++'s choices
+# ---------------------------------------------------------------------------------- topk as torch's: the STL's choices
 # A score and its place are one int64, so they move and compare as one: the score's bits above, made to ascend with it, the
-# place below. Names and steps are those of bits/stl_algo.h and bits/stl_heap.h. np.int64(0) for 0: a literal argument would
+# place below. Comparisons come in the STL's order. np.int64(0) for 0: a literal argument would
 # have its function compiled once more.
 
 

@@ -17,6 +17,8 @@ SIZES = {
     "qmatmul_int8": [HEAD],
     "qmatmul_experts": [GATE_UP],
     "qmatmul_experts_int8": [GATE_UP],
+    "swiglu_experts": [{"out": 256, "n": 128, "experts": 16}],
+    "swiglu_experts_int8": [{"out": 256, "n": 128, "experts": 16}],
     "count": [{"n": 1_000_000}],
 }
 TOKENS = {"decode": 1, "prefill": 64}
@@ -57,7 +59,8 @@ def bench_kernel(benchmark, name, sizes):
     if "out" in sizes:
         weights = args[0].nbytes
         if "experts" in sizes:
-            weights = weights * np.count_nonzero(np.diff(args[2])) // sizes["experts"]
+            used = np.unique(args[3]) if name.startswith("swiglu") else np.flatnonzero(np.diff(args[2]))
+            weights = weights * len(used) // sizes["experts"]
         benchmark.extra_info |= {"weight_bytes": int(weights), "threads": threads()}
     benchmark.group = name + (f", {sizes['tokens']} token{'s' * (sizes['tokens'] > 1)}" if "tokens" in sizes else "")
     benchmark(kernel, *args)
