@@ -274,15 +274,17 @@ def dense(request, run):
 
 @pytest.fixture(scope="module")
 def experts(request, run):
-    """`Setup` of the expert stack: tokens sorted by expert, with several routings so that one row meets all experts in turn."""
+    """`Setup` of the expert stack: tokens sorted by expert, with several routings so that one row meets nearly all experts in turn."""
     count, _, n = STACK
     rng = torch.Generator().manual_seed(0)
     offsets, xs = {}, {}
     for tokens in STACK_TOKENS:
         xs[tokens] = torch.randn(tokens * TOP, n, generator=rng)
         offsets[tokens] = []
-        for _ in range(count // TOP if tokens == 1 else 1):
-            chosen = torch.stack([torch.randperm(count, generator=rng)[:TOP] for _ in range(tokens)])
+        every = torch.randperm(count, generator=rng)
+        for i in range(count // TOP if tokens == 1 else 1):
+            draws = [torch.randperm(count, generator=rng)[:TOP] for _ in range(tokens)]
+            chosen = every[i * TOP : (i + 1) * TOP] if tokens == 1 else torch.stack(draws)
             offsets[tokens].append(np.concatenate([[0], np.cumsum(np.bincount(chosen.ravel().numpy(), minlength=count))]))
     label = f"top {TOP} of {count} experts {STACK[1]} x {n}"
     with torch.inference_mode():
