@@ -247,7 +247,9 @@ class MatmulControl:
         offered = [kind for _, kind in self.granularity.options]
         if scheme not in [QuantScheme(bits, kind) for bits in BITS for kind in offered]:
             names = ", ".join(str(kind) for kind in offered)
-            raise ValueError(f"{scheme} is not offered for rows of {self._weight.shape[1]}; use int2, int3, int4 or int8 with one of {names}")
+            raise ValueError(
+                f"{scheme} is not offered for rows of {self._weight.shape[1]}; use int2, int3, int4 or int8 with one of {names}"
+            )
         if rows is not None and not (isinstance(rows, int | np.integer) and 1 <= rows <= self.MOST_ROWS):
             raise ValueError(f"rows={rows!r}; use a whole number from 1 to {self.MOST_ROWS}")
         if activations is not None and activations not in self.activations.options:
@@ -363,7 +365,8 @@ class MatmulControl:
         return (
             f'<p aria-live="polite"><b>{p.name}, {p.tokens} row{"s" * (p.tokens > 1)} of {p.activations} activations</b>: '
             f"{p.nbytes / 1e6:.2f} MB for {wide.shape[0]:,} x {wide.shape[1]:,} weights (counted); "
-            f"the weights are off by {lab.percent(error.rms)} %, the outputs by {lab.percent(lost)} % of their root mean square (computed); "
+            f"the weights are off by {lab.percent(error.rms)} % of their root mean square, "
+            f"the outputs by {lab.percent(lost)} % of theirs (computed); "
             f"{p.timing} per call (measured, {p.timing.calls} calls), {p.share:.2f} of what {p.bound} allows: {lab.duration(p.limit)} "
             f"(computed from the measured ceilings).</p>"
         )

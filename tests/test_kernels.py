@@ -338,7 +338,7 @@ def test_workers_take_thousands_of_jobs_awake_or_asleep():
 
 def test_set_threads_returns_the_number_before_and_none_goes_back():
     set_threads(None)
-    numbas = numba.get_num_threads()
+    numbas = numba.config.NUMBA_NUM_THREADS
     try:
         assert threads() == numbas
         assert set_threads(1) == numbas and threads() == 1
@@ -603,9 +603,9 @@ EXPERTS_ONLY = [
     ({"offsets": OFFSETS[:2]}, "offsets are int64 (2,); 2 experts need contiguous int64 (3,)"),
     ({"offsets": OFFSETS.astype(np.int32)}, "offsets are int32 (3,); 2 experts need contiguous int64 (3,)"),
     ({"offsets": np.zeros(6, np.int64)[::2]}, "offsets are int64 (3,); 2 experts need contiguous int64 (3,)"),
-    ({"offsets": np.array([1, 1, 2])}, "offsets run from 1 to 2; they must rise from 0 to the 2 rows of y"),
-    ({"offsets": np.array([0, 1, 3])}, "offsets run from 0 to 3; they must rise from 0 to the 2 rows of y"),
-    ({"offsets": np.array([0, 3, 2])}, "offsets run from 0 to 2; they must rise from 0 to the 2 rows of y"),
+    ({"offsets": np.array([1, 1, 2])}, "offsets [1, 1, 2]... end at 2; they must rise from 0 to the 2 rows of y"),
+    ({"offsets": np.array([0, 1, 3])}, "offsets [0, 1, 3]... end at 3; they must rise from 0 to the 2 rows of y"),
+    ({"offsets": np.array([0, 3, 2])}, "offsets [0, 3, 2]... end at 2; they must rise from 0 to the 2 rows of y"),
     ({"x": X[:1]}, "x has 1 rows and y 2; without `rows` each row of y has its own row of x"),
     ({"rows": ROWS[:1]}, "rows are int64 (1,); y with 2 rows needs contiguous int64 (2,)"),
     ({"rows": ROWS.astype(np.int32)}, "rows are int32 (2,); y with 2 rows needs contiguous int64 (2,)"),

@@ -139,8 +139,28 @@ def test_the_contest_beats_unpacking_first(weight):
     before = torch.get_num_threads()
     times = lab.contest(q, np.ones((1, 1024), np.float32), lab.Rotation(1 << 22))
     assert torch.get_num_threads() == before
-    assert times["dequantize, then multiply, NumPy"].median > 3 * times["kernel, int8 activations"].median
-    assert len(times) == 4
+    naive = times["naive: dequantize, then multiply, NumPy"].median
+    assert naive > 3 * times["kernel, int8 activations"].median
+    assert len(times) == 7
+    parts = [times[f"of it, {part} alone"].median for part in ("dequantize", "multiply")]
+    assert max(parts) < 1.5 * naive and sum(parts) > naive / 2  # the parts make up the whole
+
+
+def test_the_kernels_are_timed_without_what_disturbs_them(weight, monkeypatch):
+    groups = []
+
+    def spy(calls, *args):
+        groups.append(list(calls))
+        return {name: Timing(1.0, 1.0, 1.0, 1) for name in calls}
+
+    monkeypatch.setattr(lab, "timed", spy)
+    lab.contest(rounded(weight, "int4-g32"), np.ones((1, 64), np.float32), lab.Rotation(1 << 16))
+    assert [len(g) for g in groups] == [2, 1, 4] and all(name.startswith("kernel") for name in groups[0])
+
+
+def test_per_cent_keeps_three_digits():
+    shown = [lab.percent(share) for share in (0.053, 0.0531, 0.3, 0.35, 2.59, 0.0066, 0.9996, 9.994, 9.996, 12.3, 0)]
+    assert shown == ["5.30", "5.31", "30.0", "35.0", "259", "0.660", "100", "999", "1,000", "1,230", "0.00"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -277,6 +297,7 @@ def test_the_picture_shows_what_the_map_says():
     picture = tile_picture.TilePicture((3, 4))
     bundle = picture._repr_mimebundle_()
     assert set(bundle) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+    assert "lowest bit (bit 0) at the top" in picture.sentence and {"bit 0", "bit 7"} <= set(picture.figure().layout.yaxis.ticktext)
     assert "lanes of all 16 rows are alike" in picture.sentence and "4 vectors of 64 bytes at 4 bits" in picture.sentence
     root = ET.fromstring(picture.svg())
     assert root.attrib["role"] == "img" and root.find("{http://www.w3.org/2000/svg}desc").text == picture.sentence
@@ -286,6 +307,9 @@ def test_the_picture_shows_what_the_map_says():
     assert list(np.asarray(three.base) + three.y)[-1] <= 24 and max(np.asarray(four.base) + four.y) == 32
     first = np.flatnonzero((four.x == 5) & (np.asarray(four.base) == 12))[0]  # vector 1, byte 5, high half
     assert four.customdata[first].tolist() == [1, 13, 1, 4, 7, 0]
+    assert four.base[first] == 8 + 4 and list(picture.figure().layout.yaxis.range) == [32, 0]  # bit 0 is on top, as it is said
+    sizes = dict(zip(np.asarray(three.y).tolist(), three.textfont.size, strict=True))
+    assert sizes[1] < sizes[2]  # a digit fits into its block
     assert len(str(bundle)) < 60_000
 
 
@@ -294,7 +318,7 @@ def test_the_figure_draws_measurements_and_limits():
     points = [point(t, a, 8e-5 * max(1, t / 8)) for t in (1, 4, 64) for a in ("float32", "int8")]
     fig = lab.time_against_tokens(points, ROOF)
     names = [t.name for t in fig.data]
-    assert names == ["float32, measured", "float32, limit (computed)", "int8, measured", "int8, limit (computed)"]
+    assert names == ["float32, measured", "float32, limit", "int8, measured", "int8, limit"]
     measured, limit = fig.data[2:]
     assert list(measured.x) == [1, 4, 64] and list(measured.y) == pytest.approx([80, 80, 640])
     assert list(measured.error_y.array) == pytest.approx([16, 16, 128])
@@ -344,7 +368,7 @@ def test_a_choice_is_measured_once_drawn_and_told(control, weight, x):
     assert int8.y[here] == pytest.approx(first.operations / first.timing.median / 1e9)
     error = lab.weight_error(weight, rounded(weight, "int4-g32"))
     assert "<b>int4-g32, 1 row of int8 activations</b>" in control.sentence.value
-    assert f"off by {100 * error.rms:.3g} %" in control.sentence.value and str(first.timing) in control.sentence.value
+    assert f"off by {lab.percent(error.rms)} %" in control.sentence.value and str(first.timing) in control.sentence.value
     for word in ("(measured", "(counted)", "(computed"):
         assert word in control.sentence.value and word in control.table.value
     assert control.table.value.count('<th scope="row">') == 3
@@ -415,6 +439,37 @@ def test_the_static_parts_can_be_drawn_without_javascript(control):
     assert "int8-row" in errors and "bfloat16" in sizes
     assert "int8, measured" in speed and "float32, measured" in speed
     assert [t.name for t in parts[2].data] == ["roof, int8", "roof, float32", "int8, measured", "float32, measured"]
+    assert all(t.showlegend for t in parts[2].data)
+    *_, int8, float32 = parts[2].data
+    assert list(int8.text) == ["int4-g32, 1 row"] and list(float32.text) == ["int8-row, 4 rows"]
+    assert "text" in int8.mode and "of the limit" in int8.customdata[0]
+    low, high = parts[2].layout.xaxis.range
+    assert low < math.log10(min(parts[2].data[0].x)) - 0.5 and high > math.log10(max(parts[2].data[0].x))
+
+
+@pytest.mark.parametrize(
+    "choice, said",
+    [
+        (("int4-g32", 0, "int8"), "rows=0; use a whole number from 1 to 512"),
+        (("int4-g32", 10**7, "int8"), "rows=10000000; .* from 1 to 512"),
+        (("int4-g32", 1.5, "int8"), "rows=1.5; use a whole number"),
+        (("int4-g32", 1, "bf16"), "activations='bf16'; use 'int8' or 'float32'"),
+        (("int4-g24", 1, "int8"), "int4-g24 is not offered for rows of 64; .* g16, g32, g64, row, tensor"),
+    ],
+)
+def test_what_is_not_offered_is_refused_and_changes_nothing(control, choice, said):
+    before = control.scheme, control.rows.value, control.activations.value
+    with pytest.raises(ValueError, match=said):
+        control.choose(*choice)
+    assert (control.scheme, control.rows.value, control.activations.value) == before and len(control.points) == 1
+    assert control.choose("int4-g32", np.int64(2), "float32").tokens == 2
+
+
+def test_without_widgets_the_control_is_a_sentence(control):
+    bundle = control._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/plain"].startswith("A control of bits") and "int4-g32, 1 row of int8 activations" in bundle["text/plain"]
+    assert "VBox" not in bundle["text/plain"] and control.figure._config["responsive"]
 
 
 def test_an_error_in_the_first_choice_is_raised(weight, x):

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -276,8 +277,10 @@ def test_make_clean_leaves_what_is_the_users():
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
+    from edgelab import layers, set_threads
+
+    example, kernels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "max_docs=8" in example
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -285,6 +288,16 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["small"].coverage.expert_share == 1.0
     assert names["report"].models() == ["fp", "int4"]
     assert (tmp_path / "runs" / "edge-moe-int4" / "edgelab.json").is_file()
+    before = layers.set_kernel("numba")
+    try:
+        exec(compile(kernels, "README.md", "exec"), names)
+        assert names["logits"].isfinite().all()
+        layers.set_activations(names["small"].model, "float32")
+        with torch.inference_mode():
+            assert not torch.equal(names["small"].model(names["ids"]).logits, names["logits"])  # they were int8
+    finally:
+        layers.set_kernel(before)
+        set_threads(None)
 
 
 # --------------------------------------------------------------------------------------------- data and the wheel

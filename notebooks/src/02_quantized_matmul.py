@@ -80,9 +80,13 @@ for bits in (4.5, 8.5, 32):
     print(f"{bits:4} bits per weight: {needs}; int8 arithmetic binds from {roof.crossover(bits, 'int8'):.1f} tokens on (computed)")
 
 # %% [markdown]
+# **Answer.** The line "in the time of one byte" says it: about 25 on the machine of the stored output, neither 1 nor 1,000.
+#
 # **Explain.** Decoding uses each weight once per token, for two operations; the core could do many more while the bytes
-# arrive. It waits. Nothing that saves arithmetic makes decoding faster; what saves *bytes* does. A prompt has hundreds
-# of tokens that share each weight: there arithmetic binds, and smaller weights help little.
+# arrive. It waits. Nothing that saves arithmetic makes decoding faster; what saves *bytes* does. A prompt has hundreds of
+# tokens that share each weight: there arithmetic binds, and smaller weights help little. The ceiling of float32 products is
+# computed, not measured: a vector holds a quarter as many floats as bytes and one instruction multiplies either, so it is
+# the byte peak / 4 (3/4 of it on AVX2 without VNNI, where a byte product takes three instructions).
 
 # %% [markdown]
 # ## 2. Predicted against measured
@@ -105,10 +109,15 @@ display(Markdown(words.markdown([p.row for p in points])))
 # of it time grows with the tokens. A share of 1 is the roof itself; a share above 1 says that something disturbed the
 # measurement of the ceiling: run the cell again.
 #
-# **Explain.** The limit is a bound, not a forecast. Around the knee a kernel pays for both, since reading and computing
-# do not overlap perfectly; with float32 activations it must also turn each code into a float. The limit counts the
-# weights alone: for few tokens activations and results are small beside them, and stay in the cache. The ceilings are
-# measured again beside each product, and the highest count: what else runs can only lower them.
+# **Answer.** With int8 activations 8 rows take one and a half times as long as 1, not eight times: up to the knee, at about 7
+# rows, another row is nearly free.
+#
+# **Explain.** The limit is a bound, not a forecast. Around the knee a kernel pays for both, since reading and computing do
+# not overlap perfectly; with float32 activations it must also turn each code into a float. Up to 8 rows it does so in
+# registers; for more it unpacks some codes into the first-level cache, for all rows at once, which pays the more the more
+# rows there are: so the share falls at 16 rows and climbs again (on AVX-512; other processors change over elsewhere). The
+# limit counts the weights alone: for few tokens activations and results are small beside them, and stay in the cache. The
+# ceilings are measured again beside each product, and the highest count: what else runs can only lower them.
 
 # %% [markdown]
 # **The first control that must fail: the same weight again and again.** Most benchmarks multiply by one weight in a loop.
@@ -124,6 +133,8 @@ print(f"the last cache holds {lab.last_level_cache() / 1e6:.0f} MB, the copies a
 assert cache["from the cache"].timing.median < cache["from memory"].timing.median
 
 # %% [markdown]
+# **Answer.** More than 1: about twice what memory can deliver on the machine of the stored output.
+#
 # **Explain.** More than the memory can deliver, so it was not the memory that delivered. A real model reads all its
 # other layers between two uses of the same weight. So here every call takes the next of many copies, which together are
 # far larger than the cache.
@@ -133,7 +144,10 @@ assert cache["from the cache"].timing.median < cache["from memory"].timing.media
 #
 # The obvious way to use packed weights is to make floats of them and multiply those.
 #
-# **Predict.** It computes the same. How much longer does it take for one token: 2, 20 or 200 times?
+# The naive line below does so with NumPy, in the two lines of code that anyone would write first. The fair line keeps the
+# weights as float32, unpacked once and for all, and multiplies with torch.
+#
+# **Predict.** Both compute the same. How much longer does each take for one token: 2, 10 or 300 times?
 
 # %%
 times = lab.contest(four_bits, wide_x[:1], rotation)
@@ -143,12 +157,28 @@ display(
         words.markdown([{"one token": k, "time (measured)": str(t), "times as long": f"{t.median / best:,.1f}"} for k, t in times.items()])
     )
 )
-assert times["dequantize, then multiply, NumPy"].median > 3 * best
+dense = 4 * weight.numel() * repeat
+print(f"{four_bits.nbytes:,} bytes packed, {dense:,} as float32 (counted): {dense / four_bits.nbytes:.1f} times as many; read (measured)")
+for name, nbytes in (("kernel, int8 activations", four_bits.nbytes), ("float32 weights, torch", dense)):
+    print(f"  {nbytes / times[name].median / 1e9:5.1f} GB/s by: {name}")
+naive, unpacking = (times[name].median for name in ("naive: dequantize, then multiply, NumPy", "of it, dequantize alone"))
+print(f"dequantizing alone takes {100 * unpacking / naive:.0f} % of the time of the naive way")
+assert naive > 3 * best and times["float32 weights, torch"].median > best
 
 # %% [markdown]
-# **Explain.** Unpacking writes eight times the bytes that it read, and reads them again to multiply. Weights kept in float32
-# are read once, but there are seven times as many bytes. The kernel reads each packed byte once and unpacks it in
-# registers. That is the whole secret.
+# **Answer.** Some 10 times with float32 weights, and hundreds of times the naive way.
+#
+# **Explain.** The two numbers have different causes. Float32 takes 32 bits where int4-g32 takes 4.5: seven times the bytes,
+# and one token waits for bytes. NumPy's product of float32 weights (the last line) takes nearly that many times as long; the
+# rest, up to what torch takes, is how steadily each reads: compare the GB/s. *That* is what packed weights are worth. The
+# naive way spends nearly all its time before it multiplies at all: taking the bytes apart (*unpack*) is a NumPy loop of a
+# few operations for each byte, a handful of codes at a time, and then converting, subtracting and scaling make one array of
+# floats after the other, four bytes for each weight. That tells how this NumPy code is written, and little about 4 bits: it
+# is no speed-up to boast of. The kernel does all these steps too, but in registers, on bytes that it reads once.
+#
+# Each kind is timed by itself, the two kernels in turn as in section 2, so that their times here are those of section 2.
+# (Beside NumPy's temporaries in the same loop they took a third longer: their data push out others', and the clock follows
+# the load. NumPy may use more threads than `threads`.)
 
 # %% [markdown]
 # ## 4. The same answer
@@ -174,10 +204,17 @@ display(Markdown(words.markdown([honest.row, broken.row | {"kernel": "qmatmul, o
 assert honest.agrees and not broken.agrees, "the check would let a wrong kernel pass"
 
 # %% [markdown]
+# **Answer.** Yes: the bound is derived from the size of the sums and not from taste, and one bit lies hundreds of times
+# beyond it.
+#
+# **Explain.** The bit moved 5 outputs of 320, by 5 % of the outputs' root mean square at most: an average over all would hide
+# it, and so would a generous tolerance. Hence bounds that say what rounding can do and no more.
+
+# %% [markdown]
 # ## 5. Where the bits lie
 #
-# A kernel wants, in one load, codes that many output rows can multiply with the same inputs. So 16 rows form a *tile*: row *r* owns
-# bytes 4*r* .. 4*r* + 3 of each 64-byte vector, and its sum never leaves that lane.
+# A kernel wants, in one load, codes that many output rows can multiply with the same inputs. So 16 rows form a *tile*: row
+# *r* owns bytes 4*r* .. 4*r* + 3 of each 64-byte vector, and its sum never leaves that lane.
 #
 # **Predict.** At 4 bits a byte holds two codes of one row. Are they neighbours, inputs 0 and 1?
 
@@ -187,13 +224,16 @@ display(picture)
 display(Markdown(picture.sentence))
 
 # %% [markdown]
-# **Look.** Each block is one code and bears the number of its input; a colour is four neighbouring inputs. Nobody drew
-# this: every bit of every code was set alone, laid out by `kernels/pack.py`, and looked up.
+# **Look.** Each block is one code and bears the number of its input; a colour is four neighbouring inputs. In each byte the
+# lowest bit is at the top, so of two blocks the upper one is the low half. Nobody drew this: every bit of every code was set
+# alone, laid out by `kernels/pack.py`, and looked up.
+#
+# **Answer.** No: inputs 0 and 4 share a byte.
 #
 # **Explain.** They are four inputs apart. The instruction that matters multiplies four neighbouring *bytes* with four
 # neighbouring activations and adds the four products to a 32-bit sum. With inputs 0 .. 3 in the low halves and 4 .. 7 in the
-# high ones, a mask makes one operand and a shift the other, and no code is ever moved sideways. Three bits are two and one: the
-# third bits of eight quads fill a vector of their own.
+# high ones, a mask makes one operand and a shift the other, and no code is ever moved sideways. Three bits are two and one:
+# the third bits of eight quads fill a vector of their own.
 
 # %% [markdown]
 # ## 6. What the codes cost: one scale per matrix, row or group
@@ -211,6 +251,12 @@ display(Markdown(lab.say_errors(errors)))
 display(Markdown(words.markdown([e.row for e in errors])))
 
 # %% [markdown]
+# Errors are in per cent of the weight's own root mean square, the largest error too: it may well exceed 100, where one large
+# weight is rounded away.
+#
+# **Answer.** Neither: 3 bits in groups of 16 and 4 bits per row err alike, for 4.00 and 4.06 bits. One scale for the whole
+# matrix errs twice as much as one per row.
+#
 # **Explain.** Every bit halves the step, and so the error. Fewer weights to a scale help because the largest of 16 is
 # smaller than the largest of a matrix, and the more so the more uneven a weight is. But scales take bytes too: here
 # groups of 32 err least for their bytes, and groups of 16, which pay a whole bit for scales, come out level with one
@@ -230,10 +276,13 @@ by_scheme = {str(o.scheme): o for o in outputs}
 assert by_scheme["int4-g32"].between < by_scheme["int4-g32"].float_activations / 3
 
 # %% [markdown]
-# **Look.** The first two columns are the distance of the outputs from those in floating point; the third is the
-# distance between the two kernels: what int8 activations alone did. Independent errors add in squares, as 3 and 4 make
-# 5. And outputs are off by less than the weights are: rounding errors have random signs, and the sum of many cancels
-# more than what it is added to.
+# **Look.** All errors are in per cent of the outputs' root mean square. The first two columns are the distance of the
+# outputs from those in floating point; the third is the distance between the two kernels: what int8 activations alone did.
+# Independent errors add in squares, as 3 and 4 make 5. And outputs are off by less than the weights are: rounding errors
+# have random signs, and the sum of many cancels more than what it is added to.
+#
+# **Answer.** By about a third of a per cent with groups of 32, 0.7 with one scale per row; 4-bit weights moved them by 5 and
+# 10.
 #
 # **Explain.** Beside 4-bit weights, 8-bit activations cost next to nothing, and from a few tokens on they make the
 # product several times as fast. Beside 8-bit weights they cost as much as the weights themselves. A group's activations
@@ -243,7 +292,8 @@ assert by_scheme["int4-g32"].between < by_scheme["int4-g32"].float_activations /
 # %% [markdown]
 # ## 8. Try it yourself
 #
-# **Predict.** Which choice gives the highest speed under the roof, and which the least error per byte? Is it the same?
+# **Predict.** Which choice takes the least time for one row, which does most operations per second, and which errs least? Is
+# any of them the same?
 #
 # Every choice is rounded, multiplied and timed anew (well under a second), then kept. The slider takes powers of two, the
 # box beside it any number of rows.
@@ -260,10 +310,18 @@ for choice in (("int2-g32", 1), ("int8-row", 1), ("int4-g32", 128), ("int4-g32",
 for part in control.static():
     plots.show(part, f"{part.layout.title.text}: the numbers are in the table below.")
 display(HTML(control.told), HTML(control.html))
+drawn = control.points.values()
+fastest = min((p for p in drawn if p.tokens == 1), key=lambda p: p.timing.median)
+busiest = max(drawn, key=lambda p: p.operations / p.timing.median)
+for what, p in (("least time for one row", fastest), ("most operations per second", busiest)):
+    print(f"{what}: {p.name}, rows: {p.tokens}, {p.activations} activations")
 
 # %% [markdown]
 # **Look.** More rows move a point to the right and up to the roof; so do fewer bits, since each byte then holds more
 # weights. The table holds the same numbers as the plots, and says of each whether it was measured, counted or computed.
+#
+# **Answer.** No two are the same: the fewest bits take the least time for one row and err most, many rows of int8
+# activations do most operations per second, and 8 bits err least.
 
 # %% [markdown]
 # ## What would change on your model
