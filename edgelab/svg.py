@@ -12,6 +12,7 @@ from typing import Any
 
 _WIDTH, _HEIGHT = 720, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 44, 58
+_LINE = 16  # of the legend
 _INK, _GRID = "#5f6b7a", "#8a94a355"  # mid-grey: legible on white and on black
 
 
@@ -27,6 +28,16 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _power(t: float) -> str:
+    """10^t with three digits, written out where that is short.
+
+    >>> _power(4), _power(2.5), _power(-3), _power(9)
+    ('10,000', '316', '0.001', '1e+09')
+    """
+    value = float(f"{10**t:.3g}")
+    return f"{value:,.10g}" if 1e-4 <= value < 1e7 else f"{value:.3g}"
 
 
 def _list(value: Any) -> list:
@@ -52,7 +63,7 @@ class _Axis:
         self.low, self.high = (low if zero and low == 0 else low - pad), high + pad
         if fixed:
             self.low, self.high = float(fixed[0]), float(fixed[1])
-        self.ticks = [(t, f"{10**t:.3g}" if log else f"{t:.6g}") for t in _ticks(self.low, self.high, log)]
+        self.ticks = [(t, _power(t) if log else f"{t:.6g}") for t in _ticks(self.low, self.high, log)]
 
     def number(self, v: Any) -> float | None:
         if self.categories is not None:
@@ -76,6 +87,39 @@ def _mark(x: float, y: float, colour: str, symbol: str) -> str:
         )
         return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in shape)}" fill="{colour}"/>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.2" fill="{colour}"/>'
+
+
+def _legend(names: Sequence[str]) -> list[tuple[float, float]]:
+    """Where each name's swatch begins and its text stands: from the left, on as many lines as it takes."""
+    places, x, line = [], float(_LEFT), 0
+    for name in names:
+        wide = 40 + 6.4 * len(name)
+        if x + wide - 16 > _WIDTH and x > _LEFT:
+            x, line = float(_LEFT), line + 1
+        places.append((x, line))
+        x += wide
+    return [(x, 36.0 + _LINE * line) for x, line in places]
+
+
+def _swatch(x: float, y: float, trace: Any, colour: str, symbol: str) -> str:
+    """What stands for `trace` in the legend: its mark, its line, or both."""
+    mode = (trace.mode or "lines+markers") if trace.type == "scatter" else "markers"
+    line = f'<path d="M{x - 9:.1f},{y:.1f}h18" stroke="{colour}" stroke-width="1.8"{_dash(trace)}/>' if "lines" in mode else ""
+    return line + (_mark(x, y, colour, symbol) if "markers" in mode else "")
+
+
+def _dash(trace: Any) -> str:
+    dash = getattr(trace.line, "dash", None)
+    return "" if dash in (None, "solid") else ' stroke-dasharray="6 4"' if "dash" in dash else ' stroke-dasharray="2 3"'
+
+
+def _label(text: str, x: float, y: float, place: str, colour: str) -> str:
+    """`text` beside a point, where plotly's textposition puts it; moved so far that it does not leave the page."""
+    wide = 5.2 * len(text)
+    left = x - wide - 6 if "left" in place else x + 6 if "right" in place else x - wide / 2
+    left = min(max(left, _LEFT), _WIDTH - 4 - wide)
+    y += -6 if "top" in place else 13 if "bottom" in place else 3.5
+    return f'<text x="{left:.1f}" y="{y:.1f}" font-size="10" fill="{colour}" textLength="{wide:.0f}">{escape(text)}</text>'
 
 
 def to_svg(fig, *, describe: str = "") -> str:
@@ -110,10 +154,13 @@ def to_svg(fig, *, describe: str = "") -> str:
                 ys.append(base[x])
             else:
                 ys += [y, y + (up[i] or 0 if i < len(up) else 0), y - (down[i] or 0 if i < len(down) else 0)]
+    named = [t for t in traces if t.showlegend is not False and t.name]
+    legend = {id(t): place for t, place in zip(named, _legend([t.name for t in named]), strict=True)}
+    head = _TOP + max((y for _, y in legend.values()), default=36.0) - 36
     x_log, y_log = layout.xaxis.type == "log", layout.yaxis.type == "log"
     x_axis = _Axis(xs, (_LEFT, _WIDTH - _RIGHT), log=x_log, zero=layout.xaxis.rangemode == "tozero", fixed=layout.xaxis.range)
     y_zero = bool(bars) or layout.yaxis.rangemode == "tozero"
-    y_axis = _Axis(ys, (_HEIGHT - _BOTTOM, _TOP), log=y_log, zero=y_zero, fixed=layout.yaxis.range)
+    y_axis = _Axis(ys, (_HEIGHT - _BOTTOM, head), log=y_log, zero=y_zero, fixed=layout.yaxis.range)
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
@@ -130,7 +177,7 @@ def to_svg(fig, *, describe: str = "") -> str:
         x = x_axis.at(t)
         out.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(label)}</text>')
     out.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}" stroke="{_INK}"/>')
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    middle = (head + _HEIGHT - _BOTTOM) / 2
     for text, place in (
         (layout.xaxis.title.text, f'x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - _BOTTOM + 34}"'),
         (layout.yaxis.title.text, f'x="14" y="{middle}" transform="rotate(-90 14 {middle})"'),
@@ -142,7 +189,6 @@ def to_svg(fig, *, describe: str = "") -> str:
     base = {}
     grouped = layout.scattermode == "group" and x_axis.categories is not None and not bars
     bar_width = 0.8 / (1 if stacked else max(1, len(bars)))
-    legend_x = float(_LEFT)
     for k, t in enumerate(traces):
         colour = (t.marker.color if isinstance(t.marker.color, str) else None) or default[k % len(default)]
         symbol = getattr(t.marker, "symbol", None) or "circle"
@@ -177,15 +223,17 @@ def to_svg(fig, *, describe: str = "") -> str:
                 line.append(f"{px:.1f},{y_axis.at(y):.1f}")
                 if "markers" in (t.mode or "lines+markers"):
                     drawn.append(_mark(px, y_axis.at(y), colour, str(symbol)))
+                if "text" in (t.mode or "") and not isinstance(t.text, str) and t.text is not None:
+                    drawn.append(_label(str(t.text[i]), px, y_axis.at(y), str(t.textposition or "middle center"), _INK))
             if high > low:
                 a, b = y_axis.at(low), y_axis.at(high)
                 whisker = f"M{px - 4:.1f},{a:.1f}h8M{px - 4:.1f},{b:.1f}h8M{px:.1f},{a:.1f}V{b:.1f}"
                 drawn.append(f'<path d="{whisker}" stroke="{colour if t.type == "scatter" else _INK}" stroke-width="1.4" fill="none"/>')
         if t.type == "scatter" and "lines" in (t.mode or "lines+markers") and len(line) > 1:
-            out.append(f'<polyline points="{" ".join(line)}" stroke="{colour}" stroke-width="1.8" fill="none"/>')
+            out.append(f'<polyline points="{" ".join(line)}" stroke="{colour}" stroke-width="1.8" fill="none"{_dash(t)}/>')
         out += drawn
-        if t.showlegend is not False and t.name:
-            out.append(_mark(legend_x + 5, 32, colour, str(symbol)))
-            out.append(f'<text x="{legend_x + 14:.0f}" y="36" font-size="11" fill="{_INK}">{escape(t.name)}</text>')
-            legend_x += 30 + 6.4 * len(t.name)
+        if id(t) in legend:
+            x, y = legend[id(t)]
+            out.append(_swatch(x + 9, y - 4, t, colour, str(symbol)))
+            out.append(f'<text x="{x + 22:.0f}" y="{y:.0f}" font-size="11" fill="{_INK}">{escape(t.name)}</text>')
     return "\n".join([*out, "</svg>"])

@@ -43,6 +43,7 @@ class BitsControl:
         self.sentence = w.HTML()
         self.table = w.HTML()
         self.figure = go.FigureWidget(layout={"template": plots.TEMPLATE, "height": 360})
+        self.figure._config = self.figure._config | {"responsive": True}
         self.figure.update_layout(title_text="Size against KL divergence, every choice measured so far", yaxis_type="log")
         self.figure.update_xaxes(title_text="weights, MB", rangemode="tozero")
         self.figure.update_yaxes(title_text=words.metric("kld").axis)
