@@ -136,6 +136,6 @@ def test_every_part_is_done_once_however_many_threads_are_asked_for():
             plan = np.zeros(parts + 1, np.int64)
             with _jit.ONE_AT_A_TIME:
                 for _ in range(50):
-                    pool.each(pool.ready(workers), address, plan.ctypes.data, parts, workers)
+                    pool.each(pool.ready(workers), address, plan.ctypes.data, parts, workers, parts % 2)
             assert (plan[1:] == 50).all()
     assert matmul.workers_for(1e9, 10_000) == pool.MOST_WORKERS  # what the ticket has room for

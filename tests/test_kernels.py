@@ -232,7 +232,7 @@ def test_result_does_not_depend_on_the_threads():
 
         serial, threaded, calls = matmul._run, matmul._run_threads, []
         matmul._run = lambda *args: (calls.append(1), serial(*args))
-        matmul._run_threads = lambda *args: (calls.append(args[-1] + 1), threaded(*args))
+        matmul._run_threads = lambda *args: (calls.append(args[-2] + 1), threaded(*args))
         matmul.PARALLEL_FROM_NS = 0
         for name in NAMES:
             kernel, _, make = PAIRS[name]
@@ -257,7 +257,7 @@ def test_small_products_run_on_one_thread(monkeypatch):
     monkeypatch.setattr(matmul, "threads", lambda: 2)
     monkeypatch.setattr(matmul, "ready", lambda workers: 0)
     monkeypatch.setattr(matmul, "_run", lambda *args: used.append(1))
-    monkeypatch.setattr(matmul, "_run_threads", lambda *args: used.append(args[-1] + 1))
+    monkeypatch.setattr(matmul, "_run_threads", lambda *args: used.append(args[-2] + 1))
     kernel, _, make = PAIRS["qmatmul"]
     for out, tokens, expected in ((64, 1, 1), (64, 8, 1), (4096, 512, 2)):
         kernel(*make(np.random.default_rng(0), out=out, n=256, tokens=tokens))

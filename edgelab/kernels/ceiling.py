@@ -83,7 +83,7 @@ _RESULT = 1024  # bytes where a part leaves what keeps its work from being optim
 @exact
 def _go(state, function, plan, parts, workers):
     if workers:
-        each(state, function, plan, parts, workers)
+        each(state, function, plan, parts, workers, 1)
     else:
         call(function, plan, 0, 1)
 

@@ -14,7 +14,7 @@ from edgelab.kernels import micro
 from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job
 from edgelab.kernels.matmul import OUT, PLAN, SLOTS, X, Y, arena, check, expected_ns, jobs_of, numbers, plan, up, workers_for
 from edgelab.kernels.pack import Tiles
-from edgelab.kernels.pool import each, parts_of, ready
+from edgelab.kernels.pool import LONG_NS, each, parts_of, ready
 from edgelab.kernels.router import _combine_kernel, _dispatch_kernel
 from edgelab.kernels.simd import call, emitted
 
@@ -83,18 +83,18 @@ def _serial(jobs, first, second, places, x, indices, weights, arena, out, expert
 
 
 @exact
-def _threaded(jobs, first, second, places, x, indices, weights, arena, out, experts, inner, state, parts, workers):
+def _threaded(jobs, first, second, places, x, indices, weights, arena, out, experts, inner, state, parts, workers, long):
     hidden, a = out.shape[1], arena.ctypes.data
     wrong = _prepare(first, second, places, x, indices, arena, experts, hidden, inner)
     if wrong >= 0:
         return wrong
     if jobs[0]:
-        each(state, jobs[0], a + places[7], parts, workers)
-    each(state, jobs[1], a + places[7], parts, workers)
-    each(state, jobs[2], a + places[6], parts, workers)
+        each(state, jobs[0], a + places[7], parts, workers, long)
+    each(state, jobs[1], a + places[7], parts, workers, long)
+    each(state, jobs[2], a + places[6], parts, workers, long)
     if jobs[3]:
-        each(state, jobs[3], a + places[8], parts, workers)
-    each(state, jobs[4], a + places[8], parts, workers)
+        each(state, jobs[3], a + places[8], parts, workers, long)
+    each(state, jobs[4], a + places[8], parts, workers, long)
     _gather(places, indices, weights, arena, experts, hidden, out)
     return -1
 
@@ -143,7 +143,8 @@ def run(gate_up: Tiles, down: Tiles, x, indices, weights, out, integer: bool, mo
         out[:] = 0
         return
     active = min(slots, experts)
-    workers = workers_for(expected_ns(gate_up, slots, active, integer) + expected_ns(down, slots, active, integer), most)
+    ns = expected_ns(gate_up, slots, active, integer) + expected_ns(down, slots, active, integer)
+    workers = workers_for(ns, most)
     parts = parts_of(workers)
     numbers1, size1 = numbers(gate_up, slots, integer, True, parts)
     numbers2, size2 = numbers(down, slots, integer, False, parts)
@@ -153,7 +154,7 @@ def run(gate_up: Tiles, down: Tiles, x, indices, weights, out, integer: bool, mo
     args = (jobs, first, second, places, x, indices, weights, arena(size), out, experts, inner)
     if workers:
         with ONE_AT_A_TIME:
-            wrong = _threaded(*args, ready(workers), parts, workers)
+            wrong = _threaded(*args, ready(workers), parts, workers, ns >= LONG_NS)
     else:
         wrong = _serial(*args)
     if wrong >= 0:

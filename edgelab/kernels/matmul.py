@@ -21,7 +21,7 @@ import numpy as np
 from edgelab.kernels import micro, simd
 from edgelab.kernels._jit import ONE_AT_A_TIME, exact, job, threads
 from edgelab.kernels.pack import QUADS, ROWS, UNIT, VECTOR, Tiles, aligned
-from edgelab.kernels.pool import MOST_WORKERS, each, parts_of, ready
+from edgelab.kernels.pool import LONG_NS, MOST_WORKERS, each, parts_of, ready
 from edgelab.kernels.simd import call, emitted, peek
 
 ACTIVATIONS = ("float32", "int8")
@@ -275,15 +275,15 @@ def _run(prepare, compute, weight, sizes, offsets, x, rows, scratch, y):
 
 
 @exact
-def _run_threads(prepare, compute, weight, sizes, offsets, x, rows, scratch, y, state, parts, workers):
+def _run_threads(prepare, compute, weight, sizes, offsets, x, rows, scratch, y, state, parts, workers, long):
     """Fill the plan and do both jobs in `parts` parts, with `workers` threads besides this one."""
     plan(scratch, weight, sizes, offsets, x, rows, y)
     if prepare:
         if offsets[-1] < _QUANTIZE_SHARED:
             call(prepare, scratch.ctypes.data, 0, 1)
         else:
-            each(state, prepare, scratch.ctypes.data, parts, workers)
-    each(state, compute, scratch.ctypes.data, parts, workers)
+            each(state, prepare, scratch.ctypes.data, parts, workers, long)
+    each(state, compute, scratch.ctypes.data, parts, workers, long)
 
 
 @exact
@@ -474,13 +474,14 @@ def multiply(
     if not tiles.n:
         y[:] = 0
         return
-    workers = workers_for(expected_ns(tiles, slots, min(slots, tiles.codes.shape[0]), integer), most)
+    ns = expected_ns(tiles, slots, min(slots, tiles.codes.shape[0]), integer)
+    workers = workers_for(ns, most)
     parts = parts_of(workers)
     sizes, size = numbers(tiles, slots, integer, rows.size > 0, parts)
     prepare, compute = jobs_of(tiles, integer, sizes)
     args = (prepare, compute, tiles[:3], sizes, offsets, x, rows, arena(size), y)
     if workers:
         with ONE_AT_A_TIME:
-            _run_threads(*args, ready(workers), parts, workers)
+            _run_threads(*args, ready(workers), parts, workers, ns >= LONG_NS)
     else:
         _run(*args)

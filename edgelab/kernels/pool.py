@@ -4,7 +4,7 @@ A kernel of 0.2 ms gains from a second thread only if handing over costs little.
 9005) an empty parallel loop took 36-56 microseconds with numba's `workqueue` layer and 3 with its OpenMP layer, but 7
 milliseconds with OpenMP when another process held a core: static shares wait for the slowest. So here
 
-- a worker that has nothing to do watches for the next job for some 50 microseconds, then sleeps (a Linux futex);
+- a worker that has nothing to do watches for the next job for some 100 microseconds, then sleeps (a Linux futex);
 - parts are claimed one by one with an atomic counter, so a worker that wakes late, or not at all, costs nothing: the
   calling thread goes on by itself, and at the end waits only for parts that somebody has begun.
 
@@ -33,7 +33,8 @@ from edgelab.kernels.simd import I32, I64, call
 
 _SYSCALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None  # futex
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT, FUTEX_WAKE with FUTEX_PRIVATE_FLAG
-_SPINS = 2_000  # looks at the ticket before a worker sleeps, some 25 ns each
+_SPINS = 4_000  # looks at the ticket before a worker sleeps, some 25 ns each
+LONG_NS = 300_000  # a job expected to take so long on one thread is worth waking workers for
 PARTS_PER_THREAD = 4
 _MOST_PARTS, MOST_WORKERS = 4095, 255  # what the ticket has room for
 _NUMBA_THREADS = config.NUMBA_NUM_THREADS
@@ -139,28 +140,32 @@ def _wake(state):
 
 
 @exact
-def _each_pool(state, function, plan, parts, workers):
+def _each_pool(state, function, plan, parts, workers, long):
     _store(state + _FUNCTION, function)
     _store(state + _PLAN, plan)
     _store(state + _FINISHED, 0)
     job = (_load(state + _TICKET) >> 32) + 1
     ticket = (job & 0x7FFFFFFF) << 32 | workers << 24 | parts << 12
     _store(state + _TICKET, ticket)
-    _wake(state)
+    if long:
+        _wake(state)
     _take(state, ticket)
     while _load(state + _FINISHED) < parts:
         _pause(state)
+    if not long:
+        _wake(state)
 
 
 @exact(parallel=True)
-def _each_loop(state, function, plan, parts, workers):
+def _each_loop(state, function, plan, parts, workers, long):
     set_num_threads(min(workers + 1, _NUMBA_THREADS))
     for part in prange(parts):
         call(function, plan, part, parts)
 
 
 # Do job `function` (an address, see `_jit.job`) with the plan at address `plan`, in `parts` parts on `workers` threads
-# besides the caller's. One caller at a time.
+# besides the caller's. One caller at a time. A worker that sleeps takes some 50 microseconds to come: for a job that is not
+# `long` it is woken at the end, for the next job, and only those that are awake share this one.
 each = _each_loop if _SYSCALL is None else _each_pool
 
 
