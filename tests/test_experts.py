@@ -7,7 +7,7 @@ from test_kernels import GRANULARITIES, both, close, fitting
 from edgelab.kernels import experts
 from edgelab.kernels.experts import swiglu_experts
 from edgelab.kernels.matmul import qmatmul_experts
-from edgelab.kernels.pack import tile
+from edgelab.kernels.pack import aligned, tile
 from edgelab.kernels.reference import BOUNDS, PAIRS
 
 NAMES = ["swiglu_experts", "swiglu_experts_int8"]
@@ -134,3 +134,28 @@ def test_doors_refuse_what_a_kernel_cannot_read():
     square = make(np.random.default_rng(0), out=64, n=64, tokens=3)
     with pytest.raises(ValueError, match="x and y share memory"):
         kernel(square[0], square[1], square[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scratch_memory_is_what_was_asked_for(name, monkeypatch):
+    """It begins as NaN and codes of -1, and nothing behind its end is touched: no result reads what was left there."""
+    kernel, reference, make = PAIRS[name]
+    asked = []
+
+    def poisoned(size: int) -> np.ndarray:
+        memory = aligned((size + 4096,))
+        memory[:] = 255
+        asked.append((memory, size))
+        return memory[:size]
+
+    monkeypatch.setattr(experts, "arena", poisoned)
+    for workers in (0, 1):
+        monkeypatch.setattr(experts, "workers_for", lambda ns, most, workers=workers: workers)
+        for sizes in ({"out": 33, "n": 17, "group_size": 0}, {"out": 64, "n": 40, "group_size": 8, "tokens": 50}):
+            args = make(np.random.default_rng(1), **sizes)
+            kernel(*args)
+            comp = args[-1].copy()
+            reference(*args)
+            assert close(comp, args[-1], BOUNDS[name](*args))
+    assert len(asked) == 4
+    assert all((memory[size:] == 255).all() for memory, size in asked)
