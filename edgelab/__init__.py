@@ -11,10 +11,17 @@ from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 from edgelab.qtensor import QTensor as QTensor
+from edgelab.recipe import AutoRound as AutoRound
+from edgelab.recipe import Gptq as Gptq
+from edgelab.recipe import Hqq as Hqq
 from edgelab.recipe import Quantize as Quantize
 from edgelab.recipe import Recipe as Recipe
+from edgelab.recipe import Rotate as Rotate
+from edgelab.recipe import Rtn as Rtn
+from edgelab.recipe import Smooth as Smooth
 from edgelab.report import Report as Report
 from edgelab.report import Row as Row
+from edgelab.scheme import ActScheme as ActScheme
 from edgelab.scheme import PerChannel as PerChannel
 from edgelab.scheme import PerGroup as PerGroup
 from edgelab.scheme import PerTensor as PerTensor

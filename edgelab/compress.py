@@ -172,7 +172,7 @@ def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize,
         if w.name in schemes:
             by_module.setdefault(w.module_name, []).append(w)
     del listed, w
-    with tqdm(total=len(schemes), desc=f"quantize ({step.method})", unit="weight", disable=not progress) as bar:
+    with tqdm(total=len(schemes), desc=f"quantize ({step.method.name})", unit="weight", disable=not progress) as bar:
         for module_name in list(by_module):  # swapped one module at a time, so that in place the memory falls as it goes
             group, codes = by_module.pop(module_name), {}
             for w in group:

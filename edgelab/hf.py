@@ -49,7 +49,7 @@ class EdgeLabQuantizer(HfQuantizer):
         swap(model, {n: Blank(known[n].shape, QuantScheme.parse(s)) for n, s in self.quantization_config.schemes.items()})
         for module in model.modules():  # what is tied is not in the files: without buffers nobody waits for it
             if isinstance(module, Quantized) and module.tied_to:
-                module._buffers.update(dict.fromkeys(("packed", "scales")))
+                module._buffers.update(dict.fromkeys(module._stored["weight"].buffers))
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
         absent = [

@@ -1,6 +1,7 @@
 """Layers that hold their weights in low bits: `QLinear`, `QEmbedding`, `QExperts`. For inference.
 
-Each keeps a weight as two buffers, `packed` uint8 and `scales` float16, laid out as in `QTensor`. Three ways compute:
+Each keeps a weight as buffers `packed`, `scales` and, for an asymmetric scheme, `offsets`, laid out as in `QTensor`. Three
+ways compute:
 
 - "numba": the kernels of `kernels/`, weights in low bits and activations float32; on a CPU, when no gradient is asked for;
 - "numba-int8": the same, with activations quantized to int8 on the way in (per token, and per group of the weight). The
@@ -9,6 +10,14 @@ Each keeps a weight as two buffers, `packed` uint8 and `scales` float16, laid ou
 
 The kernels read a weight in tiles (`kernels/pack.py`). A layer lays its tiles out at its first use and keeps them beside
 the buffers, which stay what is saved: after that it holds its codes twice.
+
+An asymmetric weight is a symmetric one plus something that is constant in each group, so its product is the kernel's, plus
+the sums of x over the groups times a small matrix [out, groups]:
+
+    sum_k (s q_k + o) x_k = sum_k s (q_k - h) x_k + (o + s h) sum_k x_k,    h = 2**(bits - 1)
+
+A layer may round its inputs first (`act`, an `ActScheme`): per token or per tensor, with a scale of its own input or a
+stored one. The products then are those of the rounded numbers, in whatever way the layer computes.
 
 All compute in float32 and return the input's dtype. The scales stay float16 whatever `.to(dtype)` is called on the
 model: rounding them to bfloat16 would change the weights. `QExperts` stands in for the fused experts of transformers 5
@@ -34,7 +43,7 @@ from edgelab.kernels.experts import run as run_experts
 from edgelab.kernels.matmul import ACTIVATIONS, LONGEST_GROUP, multiply
 from edgelab.kernels.pack import Tiles, tile
 from edgelab.qtensor import QTensor
-from edgelab.scheme import PerGroup, QuantScheme
+from edgelab.scheme import ActScheme, PerGroup, QuantScheme
 
 KERNELS = ("numba", "numba-int8", "torch")
 GLUS = ("chunk", "interleaved_clamped")
@@ -63,10 +72,10 @@ def set_activations(model: nn.Module, activations: str | None) -> int:
     return len(found)
 
 
-def dequantize(packed: Tensor, scales: Tensor, scheme: QuantScheme, in_features: int) -> Tensor:
+def dequantize(packed: Tensor, scales: Tensor, scheme: QuantScheme, in_features: int, offsets: Tensor | None = None) -> Tensor:
     """The weight float32 [..., in] of packed rows uint8 [..., row_bytes], on their device: `QTensor.dequantize` in torch.
 
-    `scales` float16 [..., groups], broadcast over the rows.
+    `scales` [..., groups] as they are stored, and so `offsets`; broadcast over the rows.
     """
     bits, device = scheme.bits, packed.device
     if bits == 8:
@@ -78,10 +87,42 @@ def dequantize(packed: Tensor, scales: Tensor, scheme: QuantScheme, in_features:
     else:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
         codes = (packed[..., None] >> shifts & (2**bits - 1)).flatten(-2)
-    q = codes[..., :in_features].float() - scheme.zero_point
-    if isinstance(scheme.granularity, PerGroup):
-        return (q.unflatten(-1, (-1, scheme.granularity.size)) * scales.float()[..., None]).flatten(-2)
-    return q * scales.float()
+    codes, scales = codes[..., :in_features], _scale_values(scales)
+    if scheme.affine:
+        values = codes.float() if scheme.asymmetric else codes.float() - scheme.zero_point
+    else:
+        values = _table(scheme, device)[codes.long()]
+    grouped = isinstance(scheme.granularity, PerGroup)
+    if grouped:
+        values, scales = values.unflatten(-1, (-1, scheme.granularity.size)), scales[..., None]
+    values = values * scales
+    if offsets is not None:
+        values = values + (offsets.float()[..., None] if grouped else offsets.float())
+    return values.flatten(-2) if grouped else values
+
+
+@cache
+def _table(scheme: QuantScheme, device: torch.device) -> Tensor:
+    return torch.tensor(scheme.table, device=device)
+
+
+def _scale_values(scales: Tensor) -> Tensor:
+    """Stored scales as float32: float16 numbers, or exponents + 127 in bytes."""
+    return torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+
+
+def round_inputs(x: Tensor, act: ActScheme, scale: Tensor | None = None) -> Tensor:
+    """x [..., in] rounded to what `act` can say, in x's dtype. `scale`: the stored one of a static scheme (a number).
+
+    >>> round_inputs(torch.tensor([[1.27, 0.004, -0.26]]), ActScheme.parse("a8-token"))
+    tensor([[ 1.2700,  0.0000, -0.2600]])
+    """
+    wide = x.float()
+    if scale is None:
+        largest = wide.abs().amax(-1, keepdim=True) if act.per == "token" else wide.abs().amax()
+        scale = largest / act.top
+    q = torch.round(wide / torch.where(scale == 0, 1.0, scale)).clamp(-act.top, act.top)
+    return (q * scale).to(x.dtype)
 
 
 class Blank(NamedTuple):
@@ -92,16 +133,21 @@ class Blank(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """One weight of a layer: the names of its buffers, and what they mean."""
+    """One weight of a layer: the names of its buffers, and what they mean. `offsets` is None for a symmetric scheme."""
 
     packed: str
     scales: str
+    offsets: str | None
     shape: tuple[int, ...]
     scheme: QuantScheme
 
     @property
     def group_size(self) -> int:
         return self.scheme.granularity.size if isinstance(self.scheme.granularity, PerGroup) else 0
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return tuple(b for b in (self.packed, self.scales, self.offsets) if b)
 
 
 class Quantized(nn.Module):
@@ -113,33 +159,77 @@ class Quantized(nn.Module):
         super().__init__()
         self._stored: dict[str, _Stored] = {}  # by the name of the parameter that the weight replaces
         self._views: dict[str, tuple] = {}
+        self.acts: dict[str, ActScheme] = {}  # how the input of each weight is rounded first; see `round_input_of`
 
     dtype = torch.float32  # of the weights that the layer stands for
 
     def _keep(self, name: str, weight: QTensor | Blank, prefix: str = "") -> None:
         shape, scheme = tuple(weight.shape), weight.scheme
+        s = _Stored(f"{prefix}packed", f"{prefix}scales", f"{prefix}offsets" if scheme.asymmetric else None, shape, scheme)
         if isinstance(weight, QTensor):
-            packed, scales = _tensor(weight.packed), _tensor(weight.scales)
+            arrays = [_tensor(a) for a in (weight.packed, weight.scales, weight.offsets) if a is not None]
         else:
-            packed = torch.zeros((*shape[:-1], scheme.row_bytes(shape[-1])), dtype=torch.uint8)
-            scales = torch.zeros(scheme.scales_shape(shape), dtype=torch.float16)
-        self.register_buffer(f"{prefix}packed", packed)
-        self.register_buffer(f"{prefix}scales", scales)
-        self._stored[name] = _Stored(f"{prefix}packed", f"{prefix}scales", shape, scheme)
+            small = torch.uint8 if scheme.scale_dtype == np.uint8 else torch.float16
+            arrays = [torch.zeros((*shape[:-1], scheme.row_bytes(shape[-1])), dtype=torch.uint8)]
+            arrays += [torch.zeros(scheme.scales_shape(shape), dtype=small) for _ in s.buffers[1:]]
+        for buffer, array in zip(s.buffers, arrays, strict=True):
+            self.register_buffer(buffer, array)
+        self._stored[name] = s
+
+    def _buffer(self, name: str | None) -> Tensor | None:
+        return None if name is None else self._buffers[name]
+
+    def round_input_of(self, name: str, act: ActScheme | None, scale: float | None = None) -> None:
+        """Round what the weight `name` ("weight", "gate_up_proj", "down_proj") is multiplied by; None: no more.
+
+        `scale`: the stored scale of a static scheme, which becomes the buffer `<prefix>act_scale` float32 [1].
+        """
+        if act is not None and act.static != (scale is not None):
+            raise ValueError(f"{act} {'needs a scale' if act.static else 'finds its scale itself; scale=' + repr(scale)}")
+        buffer = self._stored[name].packed.removesuffix("packed") + "act_scale"
+        self.acts.pop(name, None)
+        self._buffers.pop(buffer, None)
+        if act is not None:
+            self.acts[name] = act
+        if scale is not None:
+            self.register_buffer(buffer, torch.tensor([scale], dtype=torch.float32, device=self._buffers[self._stored[name].packed].device))
+
+    def _rounded(self, name: str, x: Tensor) -> Tensor:
+        act = self.acts.get(name)
+        if act is None:
+            return x
+        return round_inputs(x, act, self._buffers.get(self._stored[name].packed.removesuffix("packed") + "act_scale"))
+
+    def _correction(self, name: str) -> Tensor | None:
+        """[..., out, groups]: what an asymmetric weight adds to the kernel's product, per sum of x over a group."""
+        s = self._stored[name]
+        if s.offsets is None:
+            return None
+        extra = self._buffers[s.offsets].float() + s.scheme.zero_point * self._buffers[s.scales].float()
+        return extra.expand(*s.shape[:-1], extra.shape[-1])
 
     def qtensors(self) -> dict[str, QTensor]:
         """The weights as `QTensor`s, by the name of the parameter each replaces: read-only views on the buffers (copies off the CPU)."""
         buffers = self._buffers
         return {
-            name: QTensor(_read_only(buffers[s.packed]), _read_only(buffers[s.scales]), s.shape, s.scheme)
+            name: QTensor(
+                _read_only(buffers[s.packed]),
+                _read_only(buffers[s.scales]),
+                s.shape,
+                s.scheme,
+                None if s.offsets is None else _read_only(buffers[s.offsets]),
+            )
             for name, s in self._stored.items()
         }
 
     def dequantized(self) -> dict[str, Tensor]:
         """The weights float32, by the name of the parameter each replaces, on the layer's device."""
-        return {
-            name: dequantize(self._buffers[s.packed], self._buffers[s.scales], s.scheme, s.shape[-1]) for name, s in self._stored.items()
-        }
+        return {name: self._dequantized(name) for name in self._stored}
+
+    def _dequantized(self, name: str, expert: int | None = None) -> Tensor:
+        s = self._stored[name]
+        parts = [None if b is None else b if expert is None else b[expert] for b in map(self._buffer, (s.packed, s.scales, s.offsets))]
+        return dequantize(parts[0], parts[1], s.scheme, s.shape[-1], parts[2])
 
     @property
     def nbytes(self) -> int:
@@ -152,16 +242,19 @@ class Quantized(nn.Module):
         PyTorch does not count what is written through `.data`, or to a tensor made in inference mode: `forget_tiles` then.
         """
         s = self._stored[name]
-        packed, scales = self._buffers[s.packed], self._buffers[s.scales]
+        packed, scales = self._buffers[s.packed], self._buffers[s.scales]  # offsets are no part of the tiles
         held = self._views.get(name)
         if held is not None and held[0] is packed and held[1] is scales and held[2] == _version(packed, scales):
             return held[3]
-        if packed.dtype != torch.uint8 or scales.dtype != torch.float16:
+        small = torch.uint8 if s.scheme.scale_dtype == np.uint8 else torch.float16
+        if packed.dtype != torch.uint8 or scales.dtype != small:
             raise TypeError(
-                f"{name}: packed is {packed.dtype} and scales are {scales.dtype}; they must be torch.uint8 and torch.float16: "
+                f"{name}: packed is {packed.dtype} and scales are {scales.dtype}; they must be torch.uint8 and {small}: "
                 "load the state dict without casting it"
             )
-        tiles = tile(packed.detach().numpy(), scales.detach().view(torch.int16).numpy(), s.scheme.bits, s.group_size, s.shape[-1])
+        halves = scales.detach() if small == torch.float16 else _scale_values(scales.detach()).half()
+        levels = None if s.scheme.affine else s.scheme.table
+        tiles = tile(packed.detach().numpy(), halves.view(torch.int16).numpy(), s.scheme.bits, s.group_size, s.shape[-1], levels)
         self._views[name] = (packed, scales, _version(packed, scales), tiles)
         return tiles
 
@@ -174,9 +267,12 @@ class Quantized(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _integer(self, *names: str) -> bool:
-        """Whether activations go in as int8: asked for, and the sums of these weights fit."""
-        longest = max(self._stored[name].group_size or self._stored[name].shape[-1] for name in names)
-        return self.kernel == "numba-int8" and longest <= LONGEST_GROUP
+        """Whether activations go in as int8: asked for, the weights' levels are integers, and their sums fit."""
+        stored = [self._stored[name] for name in names]
+        longest = max(s.group_size or s.shape[-1] for s in stored)
+        if any(self.acts[name].static or self.acts[name].per == "tensor" for name in names if name in self.acts):
+            return False  # the kernel finds a scale per token; these numbers lie on another grid
+        return self.kernel == "numba-int8" and longest <= LONGEST_GROUP and all(s.scheme.affine for s in stored)
 
     def _use_kernel(self, *inputs: Tensor) -> bool:
         if self.kernel == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
@@ -191,7 +287,8 @@ class Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._views.clear()
-        scales = {id(self._buffers[s.scales]) for s in self._stored.values()}
+        kept = {b for s in self._stored.values() for b in s.buffers} | {b for b in self._buffers if b.endswith("act_scale")}
+        scales = {id(self._buffers[b]) for b in kept}
 
         def keep_scales(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -202,11 +299,10 @@ class Quantized(nn.Module):
 
     def _weight(self, transposed: bool = False) -> Tensor:
         s = self._stored["weight"]
-        packed, scales = self._buffers[s.packed], self._buffers[s.scales]
-        if packed is None:  # while transformers loads a model, a tied layer waits for its owner's codes
+        if self._buffers[s.packed] is None:  # while transformers loads a model, a tied layer waits for its owner's codes
             weight = torch.empty(s.shape, dtype=self.dtype, device="meta")
         else:
-            weight = dequantize(packed, scales, s.scheme, s.shape[-1]).to(self.dtype)
+            weight = self._dequantized("weight").to(self.dtype)
         weight = weight.mT if transposed else weight
         weight._is_hf_initialized = True  # transformers' `_init_weights` leaves it alone
         return weight
@@ -215,7 +311,8 @@ class Quantized(nn.Module):
         return {**self.__dict__, "_views": {}}  # deepcopy must not share views with the original
 
     def extra_repr(self) -> str:
-        weights = [f"{name} {' x '.join(map(str, s.shape))} {s.scheme}" for name, s in self._stored.items()]
+        acts = {name: f" {act}" for name, act in self.acts.items()}
+        weights = [f"{name} {' x '.join(map(str, s.shape))} {s.scheme}{acts.get(name, '')}" for name, s in self._stored.items()]
         total = sum(math.prod(s.shape) for s in self._stored.values())
         return ", ".join([*weights, f"{self.nbytes:,} bytes", f"{8 * self.nbytes / total:.3f} bits per weight"])
 
@@ -255,14 +352,18 @@ class QLinear(Quantized):
         s = self._stored["weight"]
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
+        x = self._rounded("weight", x)
         if self._use_kernel(x, self.packed):
             rows = _rows(x)
             y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device="cpu")
             flat = y.numpy().reshape(-1, self.out_features)
             multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=kernel_threads())
+            if s.offsets:
+                with _float32(x.device):
+                    y += _group_sums(x.float(), s) @ self._correction("weight").mT
         else:
             with _float32(x.device):
-                y = F.linear(x.float(), dequantize(self.packed, self.scales, s.scheme, self.in_features))
+                y = F.linear(x.float(), self._dequantized("weight"))
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
@@ -301,8 +402,9 @@ class QEmbedding(Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         s = self._stored["weight"]
-        scales = self.scales[0] if self.scales.shape[0] == 1 else F.embedding(ids, self.scales)
-        return dequantize(F.embedding(ids, self.packed), scales, s.scheme, self.embedding_dim).to(self.dtype)
+        packed, *small = (b[0] if b.shape[0] == 1 else F.embedding(ids, b) for b in (self._buffers[n] for n in s.buffers))
+        packed = packed if self.packed.shape[0] > 1 else F.embedding(ids, self.packed)  # an embedding of one row
+        return dequantize(packed, small[0], s.scheme, self.embedding_dim, *small[1:]).to(self.dtype)
 
 
 class QExperts(Quantized):
@@ -384,7 +486,8 @@ class QExperts(Quantized):
                 f"they must be [T, {self.hidden_dim}], [T, k] and [T, k]"
             )
         by_kernel = self._use_kernel(hidden_states, top_k_weights, self.gate_up_packed, self.down_packed)
-        if by_kernel and self._is_swiglu:
+        plain = not self.acts and not any(s.offsets for s in self._stored.values())
+        if by_kernel and self._is_swiglu and plain:
             out = torch.empty((tokens, self.hidden_dim), dtype=torch.float32, device="cpu")
             run_experts(
                 self._tiles("gate_up_proj"),
@@ -420,25 +523,28 @@ class QExperts(Quantized):
     def _by_kernel(self, x: Tensor, offsets: np.ndarray) -> Tensor:
         for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
             s = self._stored[name]
+            x = self._rounded(name, x)
             y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32, device="cpu")
             multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=kernel_threads())
+            if s.offsets:
+                sums, extra = _group_sums(x, s), self._correction(name)
+                for e in np.flatnonzero(np.diff(offsets)):
+                    y[offsets[e] : offsets[e + 1]] += sums[offsets[e] : offsets[e + 1]] @ extra[e].mT
             if bias is not None:
                 y += bias.float().repeat_interleave(torch.from_numpy(np.diff(offsets)), dim=0)
             x = self._glu(y) if name == "gate_up_proj" else y
         return x
 
     def _by_torch(self, x: Tensor, counts: list[int]) -> Tensor:
-        parts = []
-        for e, rows in enumerate(x.split(counts)):
-            if not rows.shape[0]:
-                continue
-            for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
-                s = self._stored[name]
-                w = dequantize(self._buffers[s.packed][e], self._buffers[s.scales][e], s.scheme, s.shape[-1])
-                rows = F.linear(rows, w, None if bias is None else bias[e].float())
-                rows = self._glu(rows) if name == "gate_up_proj" else rows
-            parts.append(rows)
-        return torch.cat(parts) if parts else x
+        for name, bias in (("gate_up_proj", self.gate_up_bias), ("down_proj", self.down_bias)):
+            parts = [
+                F.linear(rows, self._dequantized(name, e), None if bias is None else bias[e].float())
+                for e, rows in enumerate(self._rounded(name, x).split(counts))
+                if len(rows)
+            ]
+            y = torch.cat(parts) if parts else x.new_zeros(0, self._stored[name].shape[1])
+            x = self._glu(y) if name == "gate_up_proj" else y
+        return x
 
     def _glu(self, y: Tensor) -> Tensor:
         """[n, inner] of gate_up [n, 2 * inner]."""
@@ -447,6 +553,11 @@ class QExperts(Quantized):
             return self.act_fn(gate) * up
         gate, up = y[..., ::2].clamp(max=self.limit), y[..., 1::2].clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
+
+
+def _group_sums(x: Tensor, s: _Stored) -> Tensor:
+    """[..., groups]: sums of x [..., in] over the inputs that share a scale."""
+    return x.unflatten(-1, (-1, s.group_size or s.shape[-1])).sum(-1)
 
 
 def _three(weight: QTensor | Blank, name: str) -> tuple[int, int, int]:

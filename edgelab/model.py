@@ -406,8 +406,13 @@ def _skeleton(module: nn.Module) -> nn.Module:
 
 
 def _share(layer: Quantized, owner: Quantized) -> None:
-    for buffer in ("packed", "scales"):
+    for buffer in _shared_buffers(layer):
         layer._buffers[buffer] = owner._buffers[buffer]
+
+
+def _shared_buffers(layer: Quantized) -> tuple[str, ...]:
+    """The buffers that tied layers share: the weight's; how each rounds its input is its own."""
+    return layer._stored["weight"].buffers
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -449,7 +454,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     A float32 tensor whose values are all bfloat16 (or all float16) numbers is stored as such: nothing is lost, and a
     model that was loaded in float32 for computing does not double on disk.
     """
-    tied = tuple(f"{name}.{b}" for name, m in model.named_modules() if getattr(m, "tied_to", None) for b in ("packed", "scales"))
+    tied = {
+        f"{n}.{b}" for n, m in model.named_modules() if isinstance(m, Quantized) and getattr(m, "tied_to", None) for b in _shared_buffers(m)
+    }
     found, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tied or id(tensor) in seen:

@@ -2,7 +2,8 @@
 
 Layout. A row's codes form a little-endian bit stream along the inputs: code k fills bits k*b .. k*b + b - 1, so at
 4 bits byte j holds code 2j in its low and code 2j+1 in its high nibble, and at 3 bits eight codes fill three bytes.
-Rows start on a byte. Scales are float16, [..., out, groups] (or [..., 1, 1] for PerTensor).
+Rows start on a byte. Scales are float16, [..., out, groups] (or [..., 1, 1] for PerTensor), and so are the offsets of an
+asymmetric scheme; the scales of MXFP4 are one byte each, their exponent + 127.
 
 QTensor owns the layout and never fits anything: methods produce codes and scales, `QTensor.from_codes` packs them.
 """
@@ -81,64 +82,89 @@ def _padded(a: np.ndarray, unit: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """A quantized weight: `packed` uint8 [..., out, row_bytes], `scales` float16 (see the module), logical `shape`."""
+    """A quantized weight: `packed` uint8 [..., out, row_bytes], `scales` (see the module), logical `shape`.
+
+    `offsets`: float16 of the scales' shape for an asymmetric scheme, None for any other.
+    """
 
     packed: np.ndarray
     scales: np.ndarray
     shape: tuple[int, ...]
     scheme: QuantScheme
+    offsets: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         expected = (*self.shape[:-1], self.scheme.row_bytes(self.shape[-1]))
         if self.packed.dtype != np.uint8 or self.packed.shape != expected:
             raise ValueError(f"packed is {self.packed.dtype} {self.packed.shape}; {self.scheme} of {self.shape} needs uint8 {expected}")
-        expected = self.scheme.scales_shape(self.shape)
-        if self.scales.dtype != np.float16 or self.scales.shape != expected:
-            raise ValueError(f"scales are {self.scales.dtype} {self.scales.shape}; {self.scheme} of {self.shape} needs float16 {expected}")
+        expected, dtype = self.scheme.scales_shape(self.shape), self.scheme.scale_dtype
+        if self.scales.dtype != dtype or self.scales.shape != expected:
+            raise ValueError(f"scales are {self.scales.dtype} {self.scales.shape}; {self.scheme} of {self.shape} needs {dtype} {expected}")
+        if (self.offsets is not None) != self.scheme.asymmetric:
+            raise ValueError(f"{self.scheme} {'needs offsets' if self.scheme.asymmetric else 'has no offsets'}")
+        if self.offsets is not None and (self.offsets.dtype != np.float16 or self.offsets.shape != expected):
+            raise ValueError(
+                f"offsets are {self.offsets.dtype} {self.offsets.shape}; {self.scheme} of {self.shape} needs float16 {expected}"
+            )
 
     @classmethod
-    def from_codes(cls, codes: np.ndarray, scales: np.ndarray, scheme: QuantScheme) -> "QTensor":
-        """Pack codes uint8 [..., out, in] (0 .. 2**bits - 1) with their float16 scales.
+    def from_codes(cls, codes: np.ndarray, scales: np.ndarray, scheme: QuantScheme, offsets: np.ndarray | None = None) -> "QTensor":
+        """Pack codes uint8 [..., out, in] (0 .. 2**bits - 1) with their scales and, for an asymmetric scheme, offsets.
 
-        Raises ValueError for codes out of range or scales that are not finite.
+        Scales and offsets are rounded to float16; the scales of MXFP4 are given as they are stored, uint8.
+        Raises ValueError for codes out of range, and scales or offsets that are not finite.
         """
         if codes.dtype != np.uint8:
             raise ValueError(f"codes are {codes.dtype}; they must be uint8 (0 .. {scheme.levels - 1}): convert with .astype(np.uint8)")
         if codes.size and int(codes.max()) >= scheme.levels:
             raise ValueError(f"code {int(codes.max())} does not fit {scheme}: codes are 0 .. {scheme.levels - 1}")
+        if scheme.scale_dtype == np.uint8 and scales.dtype != np.uint8:
+            raise ValueError(f"scales are {scales.dtype}; those of {scheme} are uint8, the exponent + 127")
         with np.errstate(over="ignore"):  # answered below
-            scales = np.ascontiguousarray(scales, np.float16)
-        if not np.isfinite(scales).all():
-            raise ValueError("scales hold NaN or infinity: the weight is outside float16's range; rescale it first")
-        return cls(pack(codes, scheme.bits), scales, codes.shape, scheme)
+            scales = np.ascontiguousarray(scales, scheme.scale_dtype)
+            offsets = None if offsets is None else np.ascontiguousarray(offsets, np.float16)
+        for what, values in (("scales", scales), ("offsets", offsets)):
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(f"{what} hold NaN or infinity: the weight is outside float16's range; rescale it first")
+        return cls(pack(codes, scheme.bits), scales, codes.shape, scheme, offsets)
 
     def codes(self) -> np.ndarray:
         """The codes, unpacked: uint8 [..., out, in]."""
         return unpack(self.packed, self.scheme.bits, self.shape[-1])
 
+    def scale_values(self) -> np.ndarray:
+        """The scales as numbers, float32."""
+        if self.scheme.scale_dtype == np.uint8:
+            return np.ldexp(np.float32(1), self.scales.astype(np.int32) - 127)
+        return self.scales.astype(np.float32)
+
     def dequantize(self) -> np.ndarray:
-        """The weight that the codes stand for: float32 [..., out, in], scale * (q - zero_point).
+        """The weight that the codes stand for: float32 [..., out, in], scale * level[q] (+ offset).
 
         >>> s = QuantScheme.parse("int4-row")
         >>> QTensor.from_codes(np.array([[0, 8, 15]], np.uint8), np.array([[0.5]], np.float16), s).dequantize()
         array([[-4. ,  0. ,  3.5]], dtype=float32)
         """
-        q = self.codes().astype(np.float32) - np.float32(self.scheme.zero_point)
-        scales = self.scales.astype(np.float32)
+        values, scales = self.scheme.table[self.codes()], self.scale_values()
+        offsets = None if self.offsets is None else self.offsets.astype(np.float32)
         if isinstance(self.scheme.granularity, PerGroup):
-            q = q.reshape(*self.shape[:-1], -1, self.scheme.granularity.size)
-            return (q * scales[..., None]).reshape(self.shape)
-        return q * scales
+            values = values.reshape(*self.shape[:-1], -1, self.scheme.granularity.size)
+            scales, offsets = scales[..., None], None if offsets is None else offsets[..., None]
+        values *= scales
+        if offsets is not None:
+            values += offsets
+        return values.reshape(self.shape)
 
     def __getitem__(self, expert: int) -> "QTensor":
         """One expert of a stack (a view, nothing is copied)."""
         if len(self.shape) != 3:
             raise TypeError(f"only an expert stack [experts, out, in] can be indexed; this weight is {self.shape}")
-        return QTensor(self.packed[expert], self.scales[expert], self.shape[1:], self.scheme)
+        offsets = None if self.offsets is None else self.offsets[expert]
+        return QTensor(self.packed[expert], self.scales[expert], self.shape[1:], self.scheme, offsets)
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes
+        return self.packed.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
 
     @property
     def bits_per_weight(self) -> float:

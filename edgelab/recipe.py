@@ -1,5 +1,8 @@
 """`Recipe`: what is done to a model, as data. Ordered frozen steps, JSON round trip, content hash.
 
+Steps that leave the function of a model as it is and make it easier to round: `Smooth` (SmoothQuant, AWQ) moves scale
+from activations into weights, `Rotate` turns the residual stream. They come before the step that rounds: `Quantize`.
+
 A `Quantize` step holds rules (pattern, scheme): the first pattern that matches a weight decides; scheme None keeps the
 weight as it is, and so does no match at all. A pattern is a shell glob over the weight's name
 (`model.layers.0.*`), or `@role`: one of `ROLES`, the same for every architecture.
@@ -7,10 +10,12 @@ weight as it is, and so does no match at all. A pattern is a shell glob over the
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 
-from edgelab.scheme import QuantScheme
+from edgelab.scheme import ActScheme, QuantScheme
+
+RANGES = ("max", "percentile", "mse", "kl", "best")  # how the range of an activation is found
 
 # what a weight is for; model.py assigns one to each
 ROLES = ("attention", "mlp", "experts", "shared", "router", "embedding", "head", "linear")
@@ -25,17 +30,112 @@ def matches(pattern: str, name: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(name, pattern)
 
 
+# ------------------------------------------------------------------------------------------------ how codes are found
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest (`methods/rtn.py`). `mse_grid` n > 0 searches the scale of least squared error among n;
+    `weighted`: each weight's error counts as much as its input is large, E[x^2], which takes calibration data."""
+
+    mse_grid: int = 0
+    weighted: bool = False
+    name = "rtn"
+    data_free = property(lambda self: not self.weighted)
+
+
+@dataclass(frozen=True)
+class Hqq:
+    """Half-quadratic quantization (`methods/hqq.py`), for asymmetric schemes; needs no data."""
+
+    p: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    iterations: int = 20
+    name = "hqq"
+    data_free = True
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ (`methods/gptq.py`): what rounding one input's weights costs is made good by those still to come.
+
+    `sequential`: each block is calibrated on the output of the blocks that are quantized already, not on the original's.
+    `mse_grid`: as in `Rtn`, for the scales.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    mse_grid: int = 32
+    sequential: bool = True
+    name = "gptq"
+    data_free = False
+
+
+@dataclass(frozen=True)
+class AutoRound:
+    """Rounding learnt by signed gradient descent (`methods/autoround.py`).
+
+    `scope` "block": the squared error of each decoder block's output, block after block (AutoRound). "model": the KL
+    divergence of the whole model's next-token distribution to the original's, all blocks together, from `start`
+    ("rtn" or "gptq") on. `batch` counts sequences of the calibration set.
+    """
+
+    steps: int = 200
+    lr: float = 0.005
+    batch: int = 8
+    scope: str = "block"
+    start: str = "rtn"
+    seed: int = 0
+    name = "autoround"
+    data_free = False
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("scope", ("block", "model")), ("start", ("rtn", "gptq"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not known; use {' or '.join(map(repr, allowed))}")
+
+
+Method = Rtn | Hqq | Gptq | AutoRound
+METHODS: dict[str, type] = {m.name: m for m in (Rtn, Hqq, Gptq, AutoRound)}
+
+
+def method_of(given: "Method | str | dict") -> Method:
+    """A method with its settings: from itself, its name, or what `to_dict` wrote ({"name": ..., settings}).
+
+    >>> method_of("gptq").damping, method_of({"name": "rtn", "mse_grid": 16})
+    (0.01, Rtn(mse_grid=16, weighted=False))
+    """
+    if isinstance(given, Method):
+        return given
+    name, settings = (given, {}) if isinstance(given, str) else (given.get("name"), {k: v for k, v in given.items() if k != "name"})
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is not known; use one of {', '.join(METHODS)}")
+    unknown = set(settings) - {f.name for f in fields(METHODS[name])}
+    if unknown:
+        known = ", ".join(f.name for f in fields(METHODS[name]))
+        raise ValueError(f"method {name!r} has no setting {sorted(unknown)[0]!r}; it has {known}")
+    return METHODS[name](**settings)
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
 @dataclass(frozen=True)
 class Quantize:
     """Store the weights that `rules` select in low bits.
 
-    `method`: "rtn" (round to nearest). `min_expert_share`: the share of expert parameters that must really end up
-    quantized; `compress` fails below it.
+    `method`: one of the above or its name, with its defaults. `activations`: how the inputs of the linear layers and experts
+    that this step selects are rounded, or None; `ranges` finds the stored ranges of a static scheme: "max", "percentile",
+    "mse", "kl", or "best" (per tensor the one with the least measured effect). `min_expert_share`: the share of expert
+    parameters that must really end up quantized; `compress` fails below it.
     """
 
     rules: tuple[tuple[str, QuantScheme | None], ...]
-    method: str = "rtn"
+    method: Method | str = "rtn"
     min_expert_share: float = 1.0
+    activations: ActScheme | None = None
+    ranges: str = "best"
 
     def __post_init__(self) -> None:
         try:
@@ -43,11 +143,14 @@ class Quantize:
         except (TypeError, ValueError) as error:
             raise ValueError(f"rules={self.rules!r} are no (pattern, scheme) pairs, such as (('*', QuantScheme(4)),)") from error
         object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "method", method_of(self.method))
+        if isinstance(self.activations, str):
+            object.__setattr__(self, "activations", ActScheme.parse(self.activations))
         share = self.min_expert_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"min_expert_share={share!r} is no share; give a number from 0 to 1")
-        if self.method not in ("rtn",):
-            raise ValueError(f"method={self.method!r} is not known; use 'rtn'")
+        if self.ranges not in RANGES:
+            raise ValueError(f"ranges={self.ranges!r} is not known; use one of {', '.join(RANGES)}")
         for pattern, scheme in rules:
             if not isinstance(pattern, str):
                 raise ValueError(f"pattern={pattern!r} is no text; give a glob such as '*.down_proj', or '@role'")
@@ -56,13 +159,21 @@ class Quantize:
             if scheme is not None and not isinstance(scheme, QuantScheme):
                 raise ValueError(f"the scheme of pattern {pattern!r} is {scheme!r}; give a QuantScheme or None")
 
+    @property
+    def data_free(self) -> bool:
+        """Whether the step needs no calibration data."""
+        return self.method.data_free and not (self.activations is not None and self.activations.static)
+
     def scheme_for(self, name: str, role: str) -> QuantScheme | None:
         """The scheme of the first rule that matches, or None: keep the weight."""
         return next((scheme for pattern, scheme in self.rules if matches(pattern, name, role)), None)
 
     def to_dict(self) -> dict:
         rules = [[p, None if s is None else str(s)] for p, s in self.rules]
-        return {"step": "quantize", "rules": rules, "method": self.method, "min_expert_share": self.min_expert_share}
+        settings = {k: v for k, v in asdict(self.method).items() if v != getattr(METHODS[self.method.name](), k)}
+        method = {"name": self.method.name, **settings} if settings else self.method.name
+        d = {"step": "quantize", "rules": rules, "method": method, "min_expert_share": self.min_expert_share}
+        return d | ({} if self.activations is None else {"activations": str(self.activations), "ranges": self.ranges})
 
     @classmethod
     def from_dict(cls, d: dict) -> "Quantize":
@@ -76,8 +187,53 @@ class Quantize:
         return cls(rules, **{f.name: d[f.name] for f in fields(cls) if f.name != "rules" and f.name in d})
 
 
-Step = Quantize
-_STEPS = {"quantize": Quantize}
+@dataclass(frozen=True)
+class Smooth:
+    """Divide the inputs of the linears behind each norm by a scale per channel, and multiply their weights by it.
+
+    "smoothquant": max|x|^alpha / max|w|^(1 - alpha) (arXiv 2211.10438, equation 4). "awq": mean|x|^a, with the a of
+    `grid` that leaves the least error after rounding as the next `Quantize` step says (arXiv 2306.00978, equation 5).
+    """
+
+    method: str = "smoothquant"
+    alpha: float = 0.5
+    grid: int = 20
+
+    def __post_init__(self) -> None:
+        if self.method not in ("smoothquant", "awq"):
+            raise ValueError(f"method={self.method!r} of a Smooth step is not known; use 'smoothquant' or 'awq'")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha!r} must be from 0 (all in the activations) to 1 (all in the weights)")
+
+    def to_dict(self) -> dict:
+        return {"step": "smooth", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Turn the residual stream (and each head's values) by a random orthogonal matrix made of Hadamard's, folded into the
+    weights: outliers of single channels spread over all (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406)."""
+
+    seed: int = 0
+
+    def to_dict(self) -> dict:
+        return {"step": "rotate", **asdict(self)}
+
+
+def _plain_step(cls: type):
+    """Reads a step whose settings are plain numbers and texts."""
+
+    def read(d: dict):
+        unknown = set(d) - {"step"} - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"a {d['step']} step has no setting {sorted(unknown)[0]!r}")
+        return cls(**{k: v for k, v in d.items() if k != "step"})
+
+    return read
+
+
+Step = Quantize | Smooth | Rotate
+_STEPS = {"quantize": Quantize.from_dict, "smooth": _plain_step(Smooth), "rotate": _plain_step(Rotate)}
 
 
 @dataclass(frozen=True)
@@ -92,6 +248,16 @@ class Recipe:
     """
 
     steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def body(cls, scheme: QuantScheme | str, *, before: tuple[Step, ...] = (), **settings) -> "Recipe":
+        """One scheme for the weights of the decoder blocks; embedding, head and routers stay: what papers' tables compare.
+
+        `before`: steps that come first, such as (Rotate(), Smooth()).
+        """
+        scheme = QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        rules = (("@router", None), ("@embedding", None), ("@head", None), ("*", scheme))
+        return cls((*before, Quantize(rules, **settings)))
 
     @classmethod
     def uniform(cls, scheme: QuantScheme | str, *, embedding: QuantScheme | str | None = "same", **settings) -> "Recipe":
@@ -120,7 +286,7 @@ class Recipe:
             kind = s.get("step") if isinstance(s, dict) else s
             if not isinstance(kind, str) or kind not in _STEPS:
                 raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}")
-        return cls(tuple(_STEPS[s["step"]].from_dict(s) for s in steps))
+        return cls(tuple(_STEPS[s["step"]](s) for s in steps))
 
     @property
     def digest(self) -> str:

@@ -49,7 +49,7 @@ def test_bits_per_weight_by_hand(text, bits_per_weight):
     [
         (lambda: QuantScheme(5), "bits=5 is not one of (2, 3, 4, 8)"),
         (lambda: QuantScheme.parse("int6-row"), "bits=6 is not one of"),
-        (lambda: QuantScheme.parse("nf4"), "scheme='nf4' is not of the form int<bits>-<tensor|row|g<size>>"),
+        (lambda: QuantScheme.parse("nf4"), "scheme='nf4' is not of the form <int|uint|nf|fp|mxfp><bits>-<tensor|row|g<size>>"),
         (lambda: PerGroup(20), "group_size=20 must be a positive multiple of 8; use 32, 64 or 128"),
         (lambda: PerGroup(0), "group_size=0 must be"),
         (lambda: QuantScheme(4, "row"), "granularity='row' is not PerTensor(), PerChannel() or PerGroup(n)"),
