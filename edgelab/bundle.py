@@ -66,30 +66,44 @@ def save_bundle(
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    if packed:
+        from edgelab.hf import adopt  # imports transformers
+
+        adopt(model)  # the config says what the layers are now, also how they round their inputs
     tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         weight_bytes = _write_weights(stored_tensors(model), tmp, max_chunk_bytes)
-        _write_config(model, tmp)
+        write_config(model, tmp)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
-        manifest = {
-            "format": FORMAT,
-            "edgelab": edgelab.__version__,
-            "model_type": model.config.model_type,
-            "recipe": json.loads(recipe.to_json()),
-            "recipe_digest": recipe.digest,
-            "schemes": schemes,
-            "coverage": coverage.with_file_bytes(weight_bytes).to_dict(),
-            "report": None if report is None else json.loads(report.to_json()),
-            "files": {name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for name, f in sorted(_files(tmp).items())},
-        }
-        (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_manifest(tmp, model.config.model_type, recipe, coverage.with_file_bytes(weight_bytes), report)
         tmp.chmod(0o755)  # mkdtemp makes it private
-        _put(tmp, out)
+        put(tmp, out)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     return out
+
+
+def write_manifest(
+    folder: Path, model_type: str, recipe: Recipe, coverage: Coverage, report: Report | None = None, hashes: dict[str, str] | None = None
+) -> None:
+    """Write the manifest of all files in `folder`. `hashes`: the sha256 of those that were hashed already."""
+    hashes = hashes or {}
+    manifest = {
+        "format": FORMAT,
+        "edgelab": edgelab.__version__,
+        "model_type": model_type,
+        "recipe": json.loads(recipe.to_json()),
+        "recipe_digest": recipe.digest,
+        "schemes": {r.name: r.scheme for r in coverage if r.touched},
+        "coverage": coverage.to_dict(),
+        "report": None if report is None else json.loads(report.to_json()),
+        "files": {
+            name: {"bytes": f.stat().st_size, "sha256": hashes.get(name) or _sha256(f)} for name, f in sorted(_files(folder).items())
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(bundle: str | Path) -> dict:
@@ -179,42 +193,64 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_chunk_bytes: int) -> int:
     """Bytes of all chunk files. Tensors keep their order, so that a layer's lie together."""
-    chunks: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() + len(name) + _ENTRY_BYTES
-        if size + 2 * _ENTRY_BYTES > max_chunk_bytes:
-            warnings.warn(f"{name} takes {size:,} bytes, more than max_chunk_bytes={max_chunk_bytes:,}: its chunk is larger", stacklevel=3)
-        if not chunks or size > room:
-            chunks.append({})
-            room = max_chunk_bytes - 2 * _ENTRY_BYTES
-        chunks[-1][name] = tensor.cpu().contiguous()
-        room -= size
-    index, total = {}, 0
-    for i, chunk in enumerate(tqdm(chunks, desc="write chunks", unit="chunk", disable=len(chunks) < 4)):
-        file = f"model-{i + 1:05}-of-{len(chunks):05}.safetensors"
-        save_file(chunk, folder / file, {"format": "pt"})
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    chunks = chunked(sizes, max_chunk_bytes)
+    total = 0
+    for file, names in tqdm(chunks.items(), desc="write chunks", unit="chunk", disable=len(chunks) < 4):
+        save_file({name: tensors[name].cpu().contiguous() for name in names}, folder / file, {"format": "pt"})
         total += (folder / file).stat().st_size
-        index |= dict.fromkeys(chunk, file)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1) + "\n"
-    )
+    write_index(folder, chunks, sum(sizes.values()))
     return total
 
 
-def _write_config(model, folder: Path) -> None:
+def chunked(sizes: dict[str, int], max_chunk_bytes: int) -> dict[str, list[str]]:
+    """{chunk file: the tensors in it}, of tensors of `sizes` bytes, in their order. Warns of a tensor that is larger than a chunk."""
+    chunks: list[list[str]] = []
+    room = 0
+    for name, n in sizes.items():
+        size = n + len(name) + _ENTRY_BYTES
+        if size + 2 * _ENTRY_BYTES > max_chunk_bytes:
+            warnings.warn(f"{name} takes {size:,} bytes, more than max_chunk_bytes={max_chunk_bytes:,}: its chunk is larger", stacklevel=4)
+        if not chunks or size > room:
+            chunks.append([])
+            room = max_chunk_bytes - 2 * _ENTRY_BYTES
+        chunks[-1].append(name)
+        room -= size
+    return {f"model-{i + 1:05}-of-{len(chunks):05}.safetensors": names for i, names in enumerate(chunks)}
+
+
+def write_index(folder: Path, chunks: dict[str, list[str]], total_size: int) -> None:
+    """Write which tensor is in which chunk, as transformers reads it."""
+    index = {name: file for file, names in chunks.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total_size}, "weight_map": index}, indent=1) + "\n"
+    )
+
+
+def write_config(model, folder: Path) -> None:
+    """Write the model's config and generation config."""
     import copy
 
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
+    if getattr(config, "tie_word_embeddings", False) and not _has_tied_head(model):
+        config.tie_word_embeddings = False  # the checkpoint held two different weights: as the config says, one would be lost
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-def _put(tmp: Path, out: Path) -> None:
+def _has_tied_head(model) -> bool:
+    """Whether the output embedding is the input embedding, in floating point or in codes."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in ends:
+        return True
+    first, second = ({**m._parameters, **m._buffers} for m in ends)
+    return any(first.get(k) is not None and first[k] is second.get(k) for k in ("weight", "packed"))
+
+
+def put(tmp: Path, out: Path) -> None:
     """Rename `tmp` to `out`; what lies there is only removed once the new one is in its place."""
     if not out.exists():
         os.rename(tmp, out)

@@ -413,6 +413,14 @@ def compress(
     scheme: Annotated[
         str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, int3-g64.")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Straight from file to file, in little memory: for folders larger than memory and methods that need no data. "
+            "Given again after an interruption, it goes on where it stopped.",
+        ),
+    ] = False,
     threads: Threads = 0,
     force: Force = False,
 ) -> None:
@@ -424,8 +432,16 @@ def compress(
     from edgelab.compress import compress as run
     from edgelab.model import load
 
-    _threads(threads)
+    n_threads = _threads(threads)
     tokenizer = _tokenizer(model)  # first: what is missing shows before the work
+    if stream:
+        from edgelab.bundle import coverage_of
+        from edgelab.stream import compress_checkpoint
+
+        bundle = compress_checkpoint(model, out, chosen, tokenizer=tokenizer, threads=n_threads)
+        _print_coverage(coverage_of(bundle), f"Coverage audit, recipe {chosen.digest}")
+        out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
+        return
     result = run(load(model), chosen, inplace=True)
     bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole
     verify_bundle(bundle)

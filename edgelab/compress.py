@@ -1,57 +1,84 @@
 """`compress`: do to a model what a recipe says, then audit what was really touched.
 
 The whole recipe is checked against the model before any work is done: patterns that match nothing, group sizes that do
-not divide, weights that hold NaN. A model that is not changed in place is copied without the weights that will be
-replaced anyway, so the peak is the model, plus what the recipe keeps, plus the codes.
+not divide, weights that hold NaN, an order that makes no sense, calibration data that is missing. A model that is not changed in
+place is copied without the weights that will be replaced anyway, so the peak is the model, plus what the recipe keeps,
+plus the codes; a recipe that first transforms the model (`Smooth`, `Rotate`) copies all of it.
 """
 
 import copy
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from math import prod
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
+from edgelab.blocks import calibrate
+from edgelab.fit import fit
 from edgelab.layers import Quantized
 from edgelab.methods.coverage import Coverage, CoverageRow
-from edgelab.methods.rtn import round_to_nearest
-from edgelab.model import Swapper, Weight, quantized, stored_tensors, unknown_experts, untouchable, weights
-from edgelab.recipe import Quantize, Recipe, matches
+from edgelab.mixed_experts import expert_of
+from edgelab.model import Weight, quantized, stored_tensors, unknown_experts, untouchable, weights
+from edgelab.ranges import apply_activations, static_ranges
+from edgelab.recipe import AutoRound, Hqq, Quantize, Recipe, Rotate, Smooth, matches
 from edgelab.scheme import QuantScheme
+from edgelab.transforms import awq, rotate, smooth
 
 _EXPECTED_SHARE = 0.9  # of the matrices' parameters, below which a rule for all ("*") is answered with a warning
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` returns: the model, the audit of it, and the recipe that made it."""
+    """What `compress` returns: the model, the audit of it, and the recipe that made it.
+
+    `remarks`: what happened on the way that a reader of the figures should know, such as experts that few tokens reached.
+    """
 
     model: nn.Module
     coverage: Coverage
     recipe: Recipe
+    remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Compressed({type(self.model).__name__}, recipe {self.recipe.digest}, {self.coverage!r})"
 
 
-def compress(model: nn.Module, recipe: Recipe, *, progress: bool = True, inplace: bool = False) -> Compressed:
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    calibration: Sequence[Tensor] | None = None,
+    progress: bool = True,
+    inplace: bool = False,
+) -> Compressed:
     """The compressed model with its audit. `model` is not changed unless `inplace`.
 
-    A tied weight (an embedding that is also the head) follows the first of its names: the embedding's rule. Raises
-    ValueError before any work when the recipe does not fit the model (see `plan`), and after it when less than the
-    recipe's `min_expert_share` of the experts' parameters was touched.
+    `calibration`: token ids int64 [B, T] without padding, as `data.calibration_batches` makes them, for steps that need to
+    see what the model sees. A tied weight (an embedding that is also the head) follows the first of its names: the
+    embedding's rule. Raises ValueError before any work when the recipe does not fit the model (see `plan`), and after it
+    when less than the recipe's `min_expert_share` of the experts' parameters was touched.
     """
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise ValueError(f"this {type(model).__name__} is quantized already; compress the floating-point model it came from")
     steps = plan(model, recipe)
-    parameters = sum(p.numel() for p in model.parameters())
-    result = model if inplace else _copy(model, {name for schemes in steps for name in schemes})
-    for step, schemes in zip(recipe.steps, steps, strict=True):
+    _check_calibration(recipe, calibration)
+    transforms = any(isinstance(step, Smooth | Rotate) for step in recipe.steps)
+    replaced = set() if transforms else {expert_of(name)[0] for schemes in steps for name in schemes}
+    result = model if inplace else _copy(model, replaced)
+    parameters, remarks = sum(p.numel() for p in model.parameters()), []
+    for i, step in enumerate(recipe.steps):
         match step:
+            case Smooth():
+                _smooth(result, step, next((s for s in recipe.steps[i:] if isinstance(s, Quantize)), None), calibration, progress)
+            case Rotate():
+                rotate(result, step.seed)
+                parameters = sum(p.numel() for p in result.parameters())  # a tied head has become one of its own
             case Quantize():
-                _quantize(result, schemes, step, progress)
+                schemes = _plan_quantize(result, weights(result), step) if transforms else steps[i]
+                remarks += _quantize(result, schemes, step, calibration, progress)
     if steps and hasattr(result, "save_pretrained"):
         from edgelab.hf import adopt  # transformers; not needed for a plain torch module
 
@@ -61,40 +88,60 @@ def compress(model: nn.Module, recipe: Recipe, *, progress: bool = True, inplace
         raise AssertionError(
             f"the audit counts {coverage.parameters:,}, the model had {parameters:,} parameters: a tie was lost; please report it"
         )
-    for step in recipe.steps:  # at the end: one step may do the experts, another the rest
+    quantizing = [step for step in recipe.steps if isinstance(step, Quantize)]
+    for step in quantizing:  # at the end: one step may do the experts, another the rest
         coverage.check(step.min_expert_share)
-    if any(pattern == "*" and scheme is not None for step in recipe.steps for pattern, scheme in step.rules):
+    if any(pattern == "*" and scheme is not None for step in quantizing for pattern, scheme in step.rules):
         _warn_of_the_rest(result, coverage)
-    return Compressed(result, coverage, recipe)
+    return Compressed(result, coverage, recipe, tuple(remarks))
 
 
 def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
-    """{weight name: scheme} for each step, everything checked and nothing changed.
+    """{weight name: scheme} for each step (empty for one that does not round), everything checked and nothing changed.
+
+    A stack whose experts get different schemes is listed by expert, `<stack>#<expert>`.
 
     Raises ValueError: a pattern that matches no weight or never decides, a group size that does not divide, a router
-    or half an expert module selected, a weight selected by two steps, a step that selects nothing, NaN in a parameter.
+    or half an expert module selected, a weight selected by two steps, a step that selects nothing, NaN in a parameter, a
+    transforming step behind a rounding one, a codebook that the method can't fit.
     """
     every = weights(model)
     taken: set[str] = set()
     steps = []
     for step in recipe.steps:
+        schemes: dict[str, QuantScheme] = {}
         match step:
             case Quantize():
                 schemes = _plan_quantize(model, every, step)
+            case Smooth() | Rotate():
+                if taken:
+                    raise ValueError(f"{step!r} comes after a Quantize step, but changes floating-point weights: put it first")
             case _:
                 raise TypeError(f"{step!r} is not a step that compress knows")
-        twice = taken & set(schemes)
+        stacks = {expert_of(name)[0] for name in schemes}
+        twice = taken & stacks
         if twice:
             raise ValueError(f"two steps of the recipe quantize {sorted(twice)[0]}; give it a scheme in one of them only")
-        taken |= set(schemes)
+        taken |= stacks
         steps.append(schemes)
     for name, p in model.named_parameters() if steps else ():
-        broken = int((~torch.isfinite(p)).sum()) if p.is_floating_point() else 0
+        broken = int((~torch.isfinite(p)).sum()) if p.is_floating_point() and not p.is_meta else 0
         if broken:
             raise ValueError(
                 f"{name} holds {broken} NaN or infinite values of {p.numel()}: the checkpoint is broken; load it again or repair it"
             )
     return steps
+
+
+def _check_calibration(recipe: Recipe, calibration: Sequence[Tensor] | None) -> None:
+    if calibration is not None and not len(calibration):
+        raise ValueError("calibration is empty; data.calibration_batches(tokenizer, corpus()['calibration']) makes it")
+    for step in recipe.steps:
+        if calibration is None and (isinstance(step, Smooth) or (isinstance(step, Quantize) and not step.data_free)):
+            what = "smooth" if isinstance(step, Smooth) else f"{step.method.name}" + (f", {step.activations}" if step.activations else "")
+            raise ValueError(
+                f"the step {what!r} needs calibration data: pass calibration=data.calibration_batches(tokenizer, corpus()['calibration'])"
+            )
 
 
 def audit(model: nn.Module) -> Coverage:
@@ -103,7 +150,7 @@ def audit(model: nn.Module) -> Coverage:
         CoverageRow(name, role, q.shape, prod(q.shape), str(q.scheme), q.scheme.nbytes(q.shape), True)
         for name, (role, q) in quantized(model).items()
     ]
-    codes = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Quantized) for b in m._buffers}
+    codes = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Quantized) for s in m._stored.values() for b in s.buffers}
     parameters = {name for name, _ in model.named_parameters()}
     known = {w.parameter_name: w for w in weights(model)}
     strangers, reasons = unknown_experts(model), untouchable(model)
@@ -134,9 +181,16 @@ def _warn_of_the_rest(model: nn.Module, coverage: Coverage) -> None:
 def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dict[str, QuantScheme]:
     listed = [w for w in every if not w.tied_to]
     schemes = {w.name: s for w in listed if (s := step.scheme_for(w.name, w.role)) is not None}
+    mixed = _schemes_of_experts(listed, step)
+    for stack, by_expert in mixed.items():
+        schemes.pop(stack, None)
+        schemes |= by_expert
     for i, (pattern, scheme) in enumerate(step.rules):
         if pattern.startswith("@") or scheme is None:
             continue  # a role or an exception may have nothing to say about some architecture; a glob is a name
+        if "#" in pattern:
+            _check_expert_rule(model, listed, step, i)
+            continue
         hit = [w for w in every if matches(pattern, w.name, w.role)]
         if not hit:
             raise ValueError(f"pattern {pattern!r} matches no weight of this {type(model).__name__}; names look like {_examples(listed)}")
@@ -146,8 +200,9 @@ def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dic
     if not schemes:
         patterns = ", ".join(repr(p) for p, _ in step.rules)
         raise ValueError(f"the rules {patterns} quantize nothing in this {type(model).__name__}; names look like {_examples(listed)}")
-    for w in listed:
-        scheme = schemes.get(w.name)
+    covered = {expert_of(name)[0] for name in schemes}
+    given = [(w, s) for w in listed for s in set(mixed[w.name].values() if w.name in mixed else [schemes.get(w.name)])]
+    for w, scheme in given:
         if scheme is None:
             continue
         if w.kind == "router":
@@ -158,31 +213,75 @@ def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dic
             scheme.groups(w.shape[-1])
         except ValueError as error:
             raise ValueError(f"{w.name}: {error}") from error
-        other = next((o for o in listed if o.module_name == w.module_name and o.name not in schemes), None)
+        if isinstance(step.method, Hqq) and not scheme.asymmetric:
+            raise ValueError(f"{w.name}: hqq finds offsets, and {scheme} has none; use u{scheme}" if scheme.codebook == "int" else
+                             f"{w.name}: hqq finds offsets, and {scheme} has none; use uint4-g64")  # fmt: skip
+        if isinstance(step.method, AutoRound) and not scheme.affine:
+            raise ValueError(
+                f"{w.name}: autoround learns even steps, and {scheme} has a table of levels; use int or uint, or another method"
+            )
+        other = next((o for o in listed if o.module_name == w.module_name and o.name not in covered), None)
         if other:
             raise ValueError(f"{w.name} gets {scheme} but {other.name} none; both stacks of an expert module are quantized together")
     return schemes
 
 
-def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, progress: bool) -> None:
-    by_module: dict[str, list[Weight]] = {}
-    listed = weights(model)
-    swapper = Swapper(model, listed)
+def _schemes_of_experts(listed: list[Weight], step: Quantize) -> dict[str, dict[str, QuantScheme]]:
+    """{stack: {stack#expert: scheme}} of the stacks whose experts get different schemes."""
+    found = {}
     for w in listed:
-        if w.name in schemes:
-            by_module.setdefault(w.module_name, []).append(w)
-    del listed, w
-    with tqdm(total=len(schemes), desc=f"quantize ({step.method.name})", unit="weight", disable=not progress) as bar:
-        for module_name in list(by_module):  # swapped one module at a time, so that in place the memory falls as it goes
-            group, codes = by_module.pop(module_name), {}
-            for w in group:
-                try:
-                    codes[w.name] = round_to_nearest(w.tensor, schemes[w.name], name=w.name)
-                except ValueError as error:
-                    raise ValueError(f"{w.name}: {error}") from error
-                bar.update()
-            swapper.put(codes)
-    swapper.finish()
+        # the rules that may say something of this stack: a large model has one for each of thousands of experts
+        near = tuple((p, s) for p, s in step.rules if "#" not in p or fnmatchcase(w.name, p.partition("#")[0]))
+        if w.kind != "experts" or not any("#" in p for p, _ in near):
+            continue
+        here = replace(step, rules=near)
+        by_expert = {name: here.scheme_for(name, w.role) for name in (f"{w.name}#{e}" for e in range(w.shape[0]))}
+        bare = next((name for name, scheme in by_expert.items() if scheme is None), None)
+        if bare and any(by_expert.values()):
+            raise ValueError(f"{bare} gets no scheme, but other experts of its stack do; quantize all experts of a stack, or none")
+        found[w.name] = by_expert if not bare else {}
+    return found
+
+
+def _check_expert_rule(model: nn.Module, listed: list[Weight], step: Quantize, i: int) -> None:
+    """Raises ValueError when rule i, which names experts, matches none, or when earlier rules decide about all that it matches."""
+    pattern, (stack, _, _) = step.rules[i][0], step.rules[i][0].partition("#")
+    stacks = [w for w in listed if w.kind == "experts" and fnmatchcase(w.name, stack)]
+    hit = [(w, f"{w.name}#{e}") for w in stacks for e in range(w.shape[0]) if fnmatchcase(f"{w.name}#{e}", pattern)]
+    if not hit:
+        some = next((f"{w.name}#0 .. #{w.shape[0] - 1}" for w in listed if w.kind == "experts"), "none: it has no experts")
+        raise ValueError(f"pattern {pattern!r} matches no weight of this {type(model).__name__}; names of experts are {some}")
+    whole = [p for p, _ in step.rules[:i] if "#" not in p]
+    same = {p for p, _ in step.rules[:i] if "#" in p}
+    if pattern in same or all(any(matches(p, w.name, w.role) for p in whole) for w, _ in hit):
+        raise ValueError(f"pattern {pattern!r} never decides: earlier rules match all of its {len(hit)} experts; move it up")
+
+
+def _smooth(model: nn.Module, step: Smooth, following: Quantize | None, calibration: Sequence[Tensor], progress: bool) -> None:
+    stats = calibrate(model, calibration, want=("xx",) if step.method == "awq" else (), progress=progress)
+    if step.method == "smoothquant":
+        smooth(model, stats, alpha=step.alpha)
+        return
+    if following is None:
+        raise ValueError("Smooth('awq') searches what the next Quantize step loses least with, and none follows; use 'smoothquant'")
+    schemes = _plan_quantize(model, weights(model), following)
+    # experts in different schemes share one scale per channel: the first one's scheme stands for all
+    awq(model, stats, lambda name: schemes.get(name, schemes.get(f"{name}#0")), grid=step.grid)
+
+
+def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool) -> list[str]:
+    act, scales, names = step.activations, None, None
+    if act is not None:
+        chosen = {expert_of(name)[0] for name in schemes}
+        names = [w.name for w in weights(model) if w.name in chosen and w.kind in ("linear", "experts") and w.role != "head"]
+        if act.static:
+            stats = calibrate(model, calibration, want=("histogram",), progress=progress)
+            scales = static_ranges(model, stats, calibration, step.ranges, act=act, names=names, progress=progress)
+            names = None  # those that have a range
+    remarks = fit(model, schemes, step.method, calibration, progress)
+    if act is not None:
+        apply_activations(model, act, scales, names)
+    return remarks
 
 
 def _copy(model: nn.Module, replaced: set[str]) -> nn.Module:

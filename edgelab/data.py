@@ -25,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 DOMAINS = ("prose", "code", "assistant", "arithmetic")
@@ -522,3 +523,78 @@ def _pieces_of_any(text: str) -> Iterator[str]:
         if all(len(line) <= _MAX_CHARS for line in lines)
         else (text[i : i + _MAX_CHARS] for i in range(0, len(text), _MAX_CHARS))
     )
+
+
+# ------------------------------------------------------------------------------------------------- calibration text
+
+
+def calibration_batches(tokenizer, dataset, *, tokens: int = 65536, context: int = 512, batch: int = 8, seed: int = 0) -> list:
+    """Token ids int64 [<= batch, context] to calibrate on: about `tokens` of them, without padding, as a list of tensors.
+
+    `dataset` is one split, as in corpus()["calibration"], with the columns `text` and, where present, `domain` and `prompt`.
+    Documents are taken in an order that `seed` fixes. As in training, each row begins with the beginning token, and documents
+    follow each other with the end token (and the next one's beginning token, where that is another) between them. The
+    domains take turns, a row of each, so that they weigh alike for as long as their text lasts; what is left of each when no
+    whole row is, is joined at last. No document is read twice: a small data set gives fewer tokens than asked for.
+
+    Raises ValueError for a data set with less text than one row.
+    """
+    import torch
+
+    from edgelab.evaluate import _borders  # evaluate imports this module
+
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or "text" not in columns:
+        raise ValueError(f"dataset is a {type(dataset).__name__} with columns {columns}; give one split with a text column")
+    if context < 2 or tokens < context or batch < 1:
+        raise ValueError(f"tokens={tokens}, context={context}, batch={batch}: needed are tokens >= context >= 2 and batch >= 1")
+    begin, end = _borders(tokenizer)
+    between = [end] if begin == end else [end, begin]
+    texts = ["" if t is None else str(t) for t in dataset["text"]]
+    domains = [str(d) for d in dataset["domain"]] if "domain" in columns else ["text"] * len(texts)
+    prompts = ["" if p is None else str(p) for p in dataset["prompt"]] if "prompt" in columns else [""] * len(texts)
+    left: dict[str, list[int]] = {}
+
+    def cut(stream: list[int]) -> Iterator[list[int]]:
+        """Rows off the front of `stream`, for as long as they are whole; what is left stays in it."""
+        while True:
+            while stream and stream[0] in (begin, end):  # the row before ended with its document
+                del stream[0]
+            if len(stream) < context - 1:
+                return
+            yield [begin, *stream[: context - 1]]
+            del stream[: context - 1]
+
+    def rows_of(domain: str) -> Iterator[list[int]]:
+        """Whole rows of one domain; what remains then lies in `left`."""
+        order = [i for i, d in enumerate(domains) if d == domain and texts[i]]
+        random.Random(f"{seed}:{domain}").shuffle(order)
+        stream: list[int] = []
+        for start in range(0, len(order), 64):
+            chosen = order[start : start + 64]
+            head = [prompts[i] if texts[i].startswith(prompts[i]) else "" for i in chosen]
+            tail = [texts[i][len(h) :] for i, h in zip(chosen, head, strict=True)]
+            # in two parts, as in training: where the prompt ends must not depend on how the tokenizer joins across
+            heads, tails = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (head, tail))
+            for h, t in zip(heads, tails, strict=True):
+                stream += [*h, *t, *between]
+            yield from cut(stream)
+        left[domain] = stream
+
+    wanted, rows = tokens // context, []
+    turns = [rows_of(domain) for domain in dict.fromkeys(domains)]
+    while turns and len(rows) < wanted:
+        for turn in list(turns):
+            row = next(turn, None)
+            if row is None:
+                turns.remove(turn)
+            elif len(rows) < wanted:
+                rows.append(row)
+    rest = [i for stream in left.values() for i in stream]
+    rows += islice(cut(rest), wanted - len(rows))
+    if not rows:
+        raise ValueError(
+            f"the data set holds {len(rest) + 1} tokens in {len(texts)} documents, less than one row of context={context}; "
+            "use a shorter context or more text"
+        )
+    return [torch.tensor(rows[i : i + batch], dtype=torch.int64) for i in range(0, len(rows), batch)]

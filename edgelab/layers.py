@@ -28,6 +28,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ from edgelab.kernels._jit import threads, threads_are_chosen
 from edgelab.kernels.experts import run as run_experts
 from edgelab.kernels.matmul import ACTIVATIONS, LONGEST_GROUP, multiply
 from edgelab.kernels.pack import Tiles, tile
-from edgelab.qtensor import QTensor
+from edgelab.qtensor import QTensor, pack, unpack
 from edgelab.scheme import ActScheme, PerGroup, QuantScheme
 
 KERNELS = ("numba", "numba-int8", "torch")
@@ -114,13 +115,22 @@ def _scale_values(scales: Tensor) -> Tensor:
 def round_inputs(x: Tensor, act: ActScheme, scale: Tensor | None = None) -> Tensor:
     """x [..., in] rounded to what `act` can say, in x's dtype. `scale`: the stored one of a static scheme (a number).
 
+    With `act.outliers` = t, the channels k in which |x_k| > t for any row of x stay as they are: with O the set of them,
+    x W^T = sum over O of x_k w_k + sum over the others of round(x_k) w_k, the split of LLM.int8() with the weights in
+    low bits on both sides, as bitsandbytes has it.
+
     >>> round_inputs(torch.tensor([[1.27, 0.004, -0.26]]), ActScheme.parse("a8-token"))
     tensor([[ 1.2700,  0.0000, -0.2600]])
+    >>> round_inputs(torch.tensor([[1.27, 0.004, 80.0]]), ActScheme.parse("a8-token-o6"))
+    tensor([[ 1.2700,  0.0000, 80.0000]])
     """
     wide = x.float()
+    if act.outliers is not None:
+        out = (wide.abs() > act.outliers).reshape(-1, wide.shape[-1]).any(0)  # [in]
+        return torch.where(out, x, round_inputs(torch.where(out, 0, wide), replace(act, outliers=None)).to(x.dtype))
     if scale is None:
-        largest = wide.abs().amax(-1, keepdim=True) if act.per == "token" else wide.abs().amax()
-        scale = largest / act.top
+        largest = wide.abs().amax(-1, keepdim=True)  # per token; nothing rounds nothing when there is none
+        scale = (largest if act.per == "token" or not largest.numel() else largest.amax()) / act.top
     q = torch.round(wide / torch.where(scale == 0, 1.0, scale)).clamp(-act.top, act.top)
     return (q * scale).to(x.dtype)
 
@@ -158,7 +168,7 @@ class Quantized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._stored: dict[str, _Stored] = {}  # by the name of the parameter that the weight replaces
-        self._views: dict[str, tuple] = {}
+        self._views: dict[tuple[str, bool], tuple] = {}
         self.acts: dict[str, ActScheme] = {}  # how the input of each weight is rounded first; see `round_input_of`
 
     dtype = torch.float32  # of the weights that the layer stands for
@@ -236,14 +246,31 @@ class Quantized(nn.Module):
         """Bytes of codes and scales."""
         return sum(s.scheme.nbytes(s.shape) for s in self._stored.values())
 
-    def _tiles(self, name: str) -> Tiles:
+    def _multiply(self, name: str, x: Tensor, offsets: np.ndarray, y: np.ndarray) -> None:
+        """Fill `y` with the kernel's product of the weight and x [..., in], whose rows are sorted by expert as `offsets` says.
+
+        The integer kernel takes a row's scale from its largest input. Where the scale is given (one for the tensor, stored
+        or not), each row gets one input more, 127 times the scale, and the weight a column of zeros.
+        """
+        integer, rows, act = self._integer(name), _rows(x), self.acts.get(name)
+        given = integer and act is not None and act.per == "tensor"
+        if given:
+            stored = self._buffers.get(self._stored[name].packed.removesuffix("packed") + "act_scale")
+            scale = np.abs(rows).max(initial=0) / act.top if stored is None else stored.item()
+            most = np.float32(127 * scale)
+            rows = np.concatenate([rows.clip(-most, most), np.full((len(rows), 1), most)], axis=1)
+        multiply(self._tiles(name, given), rows, offsets, y, integer, most=kernel_threads())
+
+    def _tiles(self, name: str, wider: bool = False) -> Tiles:
         """The weight as the kernels read it, laid out again when a buffer was replaced, moved, loaded or written to.
+
+        `wider`: with one more input, whose weights are 0 (for a weight with one scale a row).
 
         PyTorch does not count what is written through `.data`, or to a tensor made in inference mode: `forget_tiles` then.
         """
         s = self._stored[name]
         packed, scales = self._buffers[s.packed], self._buffers[s.scales]  # offsets are no part of the tiles
-        held = self._views.get(name)
+        held = self._views.get((name, wider))
         if held is not None and held[0] is packed and held[1] is scales and held[2] == _version(packed, scales):
             return held[3]
         small = torch.uint8 if s.scheme.scale_dtype == np.uint8 else torch.float16
@@ -253,9 +280,15 @@ class Quantized(nn.Module):
                 "load the state dict without casting it"
             )
         halves = scales.detach() if small == torch.float16 else _scale_values(scales.detach()).half()
+        if small == torch.uint8 and not halves.isfinite().all():
+            raise ValueError(f"{name}: a scale of {s.scheme} is above 2**15, the largest in a tile; set_kernel('torch') computes with it")
         levels = None if s.scheme.affine else s.scheme.table
-        tiles = tile(packed.detach().numpy(), halves.view(torch.int16).numpy(), s.scheme.bits, s.group_size, s.shape[-1], levels)
-        self._views[name] = (packed, scales, _version(packed, scales), tiles)
+        codes, n = packed.detach().numpy(), s.shape[-1]
+        if wider:
+            zeros = np.full((*s.shape[:-1], 1), s.scheme.zero_point, np.uint8)
+            codes, n = pack(np.concatenate([unpack(codes, s.scheme.bits, n), zeros], axis=-1), s.scheme.bits), n + 1
+        tiles = tile(codes, halves.view(torch.int16).numpy(), s.scheme.bits, s.group_size, n, levels)
+        self._views[name, wider] = (packed, scales, _version(packed, scales), tiles)
         return tiles
 
     def forget_tiles(self) -> None:
@@ -270,8 +303,10 @@ class Quantized(nn.Module):
         """Whether activations go in as int8: asked for, the weights' levels are integers, and their sums fit."""
         stored = [self._stored[name] for name in names]
         longest = max(s.group_size or s.shape[-1] for s in stored)
-        if any(self.acts[name].static or self.acts[name].per == "tensor" for name in names if name in self.acts):
-            return False  # the kernel finds a scale per token; these numbers lie on another grid
+        for name in names:
+            act = self.acts.get(name)
+            if act is not None and (self._stored[name].group_size or act.outliers is not None or (act.per == "token" and act.bits < 8)):
+                return False  # the kernel finds a scale of 8 bits per token and group; these numbers lie on another grid
         return self.kernel == "numba-int8" and longest <= LONGEST_GROUP and all(s.scheme.affine for s in stored)
 
     def _use_kernel(self, *inputs: Tensor) -> bool:
@@ -354,10 +389,9 @@ class QLinear(Quantized):
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
         x = self._rounded("weight", x)
         if self._use_kernel(x, self.packed):
-            rows = _rows(x)
             y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device="cpu")
             flat = y.numpy().reshape(-1, self.out_features)
-            multiply(self._tiles("weight"), rows, np.array((0, len(rows))), flat, self._integer("weight"), most=kernel_threads())
+            self._multiply("weight", x, np.array((0, len(flat))), flat)
             if s.offsets:
                 with _float32(x.device):
                     y += _group_sums(x.float(), s) @ self._correction("weight").mT
@@ -525,7 +559,7 @@ class QExperts(Quantized):
             s = self._stored[name]
             x = self._rounded(name, x)
             y = torch.empty(x.shape[0], s.shape[1], dtype=torch.float32, device="cpu")
-            multiply(self._tiles(name), _rows(x), offsets, y.numpy(), self._integer(name), most=kernel_threads())
+            self._multiply(name, x, offsets, y.numpy())
             if s.offsets:
                 sums, extra = _group_sums(x, s), self._correction(name)
                 for e in np.flatnonzero(np.diff(offsets)):
@@ -547,12 +581,16 @@ class QExperts(Quantized):
         return x
 
     def _glu(self, y: Tensor) -> Tensor:
-        """[n, inner] of gate_up [n, 2 * inner]."""
-        if self.glu == "chunk":
-            gate, up = y.chunk(2, dim=-1)
-            return self.act_fn(gate) * up
-        gate, up = y[..., ::2].clamp(max=self.limit), y[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
+        return gated(y, self.act_fn, self.glu, self.limit, self.alpha)
+
+
+def gated(y: Tensor, act_fn: Callable | None, glu: str = "chunk", limit: float | None = None, alpha: float | None = None) -> Tensor:
+    """[n, inner], what down is multiplied by, of the output of gate_up [n, 2 * inner]; the settings as in `QExperts`."""
+    if glu == "chunk":
+        gate, up = y.chunk(2, dim=-1)
+        return act_fn(gate) * up
+    gate, up = y[..., ::2].clamp(max=limit), y[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
 
 
 def _group_sums(x: Tensor, s: _Stored) -> Tensor:
@@ -576,7 +614,10 @@ def _warn_of_gradients() -> None:
 
 
 def _read_only(t: Tensor) -> np.ndarray:
-    array = t.detach().cpu().numpy().view()
+    if t.is_meta:  # a shape without bytes
+        array = np.broadcast_to(np.zeros((), torch.empty((), dtype=t.dtype).numpy().dtype), t.shape)
+    else:
+        array = t.detach().cpu().numpy().view()
     array.flags.writeable = False
     return array
 

@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelab.layers import Blank, QEmbedding, QExperts, QLinear, Quantized
+from edgelab.mixed_experts import QExpertsMixed, expert_of, gather
 from edgelab.qtensor import QTensor
 
 # ------------------------------------------------------------------------------------------------------ families
@@ -59,29 +60,85 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True)
+class NormWire:
+    """An RMSNorm and the weights that read its output, as globs relative to a decoder block.
+
+    `writer`: the linear whose first rows the norm takes in (MLA's latents); None: the residual stream.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    writer: str | None = None
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What feeds what in a decoder, so that a scale or a rotation can be moved from one weight into the next.
+
+    The decoder is the module that holds the input embedding; `blocks` and `final_norm` are its children. Embedding and
+    head are those that the model names itself. All else are globs relative to a block; one that matches nothing is fine
+    (a dense layer has no experts), but every weight of a block must be a reader or a writer.
+
+    `writers` add to the residual stream. `up_down`: (up, down) of one module: down reads act(gate) * up, which is linear
+    in up; in a fused stack `up` is the second half of the rows. `values`: (v, o): o reads a mixture over tokens of what v
+    makes, head by head; of a head's rows in v the last are the values (MLA: those before are keys). `value_clamp`: a field
+    of the config that, when set, clips the values, so that nothing may be moved across them.
+    """
+
+    norms: tuple[NormWire, ...]
+    writers: tuple[str, ...]
+    up_down: tuple[tuple[str, str], ...]
+    values: tuple[tuple[str, str], ...]
+    value_clamp: str = "clip_qkv"
+    blocks: str = "layers"
+    final_norm: str = "norm"
+
+
+@dataclass(frozen=True)
 class Family:
-    """What is known of a `config.model_type`. `roles` come before `ROLES_BY_NAME`."""
+    """What is known of a `config.model_type`. `roles` come before `ROLES_BY_NAME`. `wiring` None: not known."""
 
     model_type: str
     experts: ExpertLayout | None = None
     roles: tuple[tuple[str, str], ...] = ()
+    wiring: Wiring | None = None
 
 
 _FUSED = ExpertLayout()
 
+# One literal for all families of the table: they share their names, and what one lacks matches nothing. Norms inside the
+# attention (Qwen3's per head, OLMoE's over all heads) and rotary positions come after q and k, which nothing moves;
+# Granite's multipliers are scalars and the residual stream stays linear.
+LLAMA_LIKE = Wiring(
+    norms=(
+        NormWire("input_layernorm", ("self_attn.[qkv]_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
+        NormWire("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), writer="self_attn.q_a_proj"),
+        NormWire("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), writer="self_attn.kv_a_proj_with_mqa"),
+        NormWire(
+            "post_attention_layernorm",
+            ("*.gate_proj", "*.up_proj", "*.experts.gate_up_proj", "mlp.gate", "*.router", "*.shared_expert_gate"),
+        ),
+    ),
+    writers=("self_attn.o_proj", "*.down_proj"),
+    up_down=(("up_proj", "down_proj"), ("gate_up_proj", "down_proj")),
+    values=(("self_attn.v_proj", "self_attn.o_proj"), ("self_attn.kv_b_proj", "self_attn.o_proj")),
+)
+# gpt-oss clamps `up` and adds 1 to it: a scale can't be moved from down to up
+_GPT_OSS = replace(LLAMA_LIKE, up_down=())
+
 FAMILIES: dict[str, Family] = {
     f.model_type: f
     for f in (
-        Family("llama"),
-        Family("qwen2"),
-        Family("qwen3"),
-        Family("qwen3_moe", _FUSED),
-        Family("qwen2_moe", _FUSED),
-        Family("mixtral", _FUSED),
-        Family("olmoe", _FUSED),
-        Family("granitemoe", _FUSED),
-        Family("deepseek_v3", _FUSED),
-        Family("gpt_oss", ExpertLayout(transposed=True, interleaved=True, biased=True)),
+        Family("llama", wiring=LLAMA_LIKE),
+        Family("qwen2", wiring=LLAMA_LIKE),
+        Family("qwen3", wiring=LLAMA_LIKE),
+        Family("qwen3_moe", _FUSED, wiring=LLAMA_LIKE),
+        Family("qwen2_moe", _FUSED, wiring=LLAMA_LIKE),
+        Family("mixtral", _FUSED, wiring=LLAMA_LIKE),
+        Family("olmoe", _FUSED, wiring=LLAMA_LIKE),
+        Family("granitemoe", _FUSED, wiring=LLAMA_LIKE),
+        Family("deepseek_v3", _FUSED, wiring=LLAMA_LIKE),
+        Family("gpt_oss", ExpertLayout(transposed=True, interleaved=True, biased=True), wiring=_GPT_OSS),
     )
 }
 
@@ -156,11 +213,32 @@ def weights(model: nn.Module) -> list[Weight]:
     return found
 
 
+def by_expert(listed: Iterable[Weight], names: Iterable[str]) -> list[Weight]:
+    """`listed` with the experts one by one, [out, in] each, of the stacks that `names` mentions as `<stack>#<expert>`."""
+    split = {expert_of(name)[0] for name in names if "#" in name}
+    return [
+        part
+        for w in listed
+        for part in (
+            [w]
+            if w.name not in split
+            else [replace(w, name=f"{w.name}#{e}", shape=w.shape[1:], tensor=w.tensor[e]) for e in range(w.shape[0])]
+        )
+    ]
+
+
 def quantized(model: nn.Module) -> dict[str, tuple[str, QTensor]]:
-    """{weight name: (role, QTensor)} of the layers that `swap` put in; of a tied pair only the first is listed."""
+    """{weight name: (role, QTensor)} of the layers that `swap` put in; of a tied pair only the first is listed.
+
+    Experts in several schemes are listed one by one, as `<stack name>#<expert>`.
+    """
     family, head, found = family_of(model), _head_name(model), {}
     for module_name, module in model.named_modules():
-        if isinstance(module, Quantized) and not getattr(module, "tied_to", None):
+        if isinstance(module, QExpertsMixed):
+            for parameter, experts in module.qtensors().items():
+                stack = f"{module_name}.{_own_name(family, parameter)}"
+                found |= {f"{stack}#{e}": (_role(family, head, stack, "experts"), q) for e, q in enumerate(experts)}
+        elif isinstance(module, Quantized) and not getattr(module, "tied_to", None) and not getattr(module, "is_part", False):
             kind = "experts" if isinstance(module, QExperts) else "embedding" if isinstance(module, QEmbedding) else "linear"
             for parameter, q in module.qtensors().items():
                 name = f"{module_name}.{_own_name(family, parameter)}" if kind == "experts" else module_name
@@ -275,18 +353,24 @@ def swap(model: nn.Module, tensors: Mapping[str, QTensor | Blank]) -> None:
     """Put quantized layers in the place of the modules that hold the named weights (names as in `weights`).
 
     A weight that is tied to another shares its codes with it, so that one name of the pair is enough. Both stacks of
-    an expert module go together. A `Blank` makes a layer of zeros, for a state dict to fill. Raises ValueError for a
+    an expert module go together; `<stack name>#<expert>` is one expert of a stack, of which all must be given, each in
+    a scheme of its own. A `Blank` makes a layer of zeros, for a state dict to fill. Raises ValueError for a
     name that is no weight of the model, a wrong shape, a router, or half an expert module.
     """
     known = {w.name: w for w in weights(model)}
     for name, q in tensors.items():
-        if name not in known:
+        stack, expert = expert_of(name)
+        if stack not in known:
             some = next(iter(known), None)
             raise ValueError(f"{name!r} is no weight of this {type(model).__name__}; weights(model) lists {len(known)}, such as {some!r}")
-        if tuple(q.shape) != known[name].shape:
-            raise ValueError(f"{name} has the shape {known[name].shape}, its codes have {tuple(q.shape)}")
-        if known[name].kind == "router":
-            raise ValueError(f"{name} is a router that {_class_of(model, known[name])} computes itself; it stays in floating point")
+        w = known[stack]
+        if expert is not None and (w.kind != "experts" or expert >= w.shape[0]):
+            raise ValueError(f"{name!r} names no expert: {stack} is {w.shape}" + (", no stack" if w.kind != "experts" else ""))
+        shape = w.shape if expert is None else w.shape[1:]
+        if tuple(q.shape) != shape:
+            raise ValueError(f"{name} has the shape {shape}, its codes have {tuple(q.shape)}")
+        if w.kind == "router":
+            raise ValueError(f"{name} is a router that {_class_of(model, w)} computes itself; it stays in floating point")
     swapper = Swapper(model, known.values())
     swapper.put(tensors)
     swapper.finish()
@@ -307,7 +391,7 @@ class Swapper:
 
     def put(self, tensors: Mapping[str, QTensor | Blank]) -> None:
         """Put layers in the place of the modules that hold the named weights, and of those tied to them."""
-        chosen = {self._slots[name][3] or name: q for name, q in tensors.items()}
+        chosen = {self._slots[name][3] or name: q for name, q in gather(tensors).items()}
         parts: dict[str, dict[str, QTensor | Blank]] = {}  # module -> parameter -> codes
         kinds: dict[str, tuple[str, str | None]] = {}
         for owner, q in chosen.items():
@@ -341,15 +425,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Turn the quantized layers of `model` back into what they replaced, in place, with the weights their codes stand for."""
     family, places, back = family_of(model), _places(model), {}
     for module_name, old in list(model.named_modules()):
-        if not isinstance(old, Quantized):
+        if not isinstance(old, Quantized | QExpertsMixed) or getattr(old, "is_part", False):
             continue
         new = _skeleton(old.origin[0])
         turned = {parameter: transposed for parameter, _, transposed in _slots(new, module_name, family)}
         for parameter, value in old.dequantized().items():
-            parameter = _own_name(family, parameter) if isinstance(old, QExperts) else parameter
+            parameter = _own_name(family, parameter) if isinstance(old, QExperts | QExpertsMixed) else parameter
             value = value.transpose(-1, -2).contiguous() if turned[parameter] else value
             new._parameters[parameter] = nn.Parameter(value.to(dtype), requires_grad=False)
-        if isinstance(old, QExperts) and old.gate_up_bias is not None:
+        if isinstance(old, QExperts | QExpertsMixed) and old.gate_up_bias is not None:
             new._parameters[f"{family.experts.gate_up}_bias"] = old.gate_up_bias
             new._parameters[f"{family.experts.down}_bias"] = old.down_bias
         elif getattr(old, "bias", None) is not None:
@@ -390,12 +474,20 @@ def _layer(old: nn.Module, codes: dict[str, QTensor | Blank], module_name: str, 
     missing = {layout.gate_up, layout.down} - set(codes)
     if missing:
         raise ValueError(f"{module_name}: {missing.pop()} has no codes; both stacks of an expert module are quantized together")
-    settings: dict = {"act_fn": getattr(old, "act_fn", None)}
+    settings = glu_settings(old, layout)
     if layout.biased:
         settings |= {"gate_up_bias": getattr(old, f"{layout.gate_up}_bias"), "down_bias": getattr(old, f"{layout.down}_bias")}
+    gate_up, down = codes[layout.gate_up], codes[layout.down]
+    whole = all(isinstance(q, QTensor | Blank) for q in (gate_up, down))
+    return QExperts(gate_up, down, **settings) if whole else QExpertsMixed(gate_up, down, **settings)
+
+
+def glu_settings(module: nn.Module, layout: ExpertLayout) -> dict:
+    """How a fused expert module joins gate and up, in the words of `QExperts` and of `layers.gated`."""
+    settings: dict = {"act_fn": getattr(module, "act_fn", None)}
     if layout.interleaved:
-        settings |= {"glu": "interleaved_clamped", "limit": old.limit, "alpha": old.alpha}
-    return QExperts(codes[layout.gate_up], codes[layout.down], **settings)
+        settings |= {"glu": "interleaved_clamped", "limit": module.limit, "alpha": module.alpha}
+    return settings
 
 
 def _skeleton(module: nn.Module) -> nn.Module:
@@ -467,7 +559,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float32:
+    if tensor.dtype == torch.float32 and not tensor.is_meta:
         for dtype in (torch.bfloat16, torch.float16):
             half = tensor.to(dtype)
             if torch.equal(half.to(torch.float32), tensor):
@@ -504,7 +596,7 @@ def load(name_or_dir: str | Path, *, dtype: torch.dtype = torch.float32, auto=No
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if dict(getattr(config, "quantization_config", None) or {}).get("quant_method") == "edgelab":
         import edgelab.hf  # noqa: F401 (registers the quantizer; hf imports this module, so not at the top)
-    source = auto or _architecture(config, name)
+    source = auto or architecture(config, name)
     extra = {"trust_remote_code": False} if auto else {}
     with _named(name):
         model, info = source.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra)
@@ -595,7 +687,8 @@ def _named(name: str) -> Iterator[None]:
         raise OSError(f"{name!r} is no directory here, and the hub gave no such model (or there is no network): {error}") from error
 
 
-def _architecture(config, name: str):
+def architecture(config, name: str):
+    """The class that the config of `name` lists under `architectures`. Raises ValueError when transformers has no such class."""
     import transformers
 
     listed = getattr(config, "architectures", None) or []

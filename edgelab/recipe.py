@@ -61,12 +61,13 @@ class Gptq:
     """GPTQ (`methods/gptq.py`): what rounding one input's weights costs is made good by those still to come.
 
     `sequential`: each block is calibrated on the output of the blocks that are quantized already, not on the original's.
-    `mse_grid`: as in `Rtn`, for the scales.
+    `mse_grid`: as in `Rtn`, for the scales. `rounds` of refinement of scales and codes follow; 0 is the published method.
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
     act_order: bool = True
     mse_grid: int = 32
+    rounds: int = 4
     sequential: bool = True
     name = "gptq"
     data_free = False
@@ -77,8 +78,8 @@ class AutoRound:
     """Rounding learnt by signed gradient descent (`methods/autoround.py`).
 
     `scope` "block": the squared error of each decoder block's output, block after block (AutoRound). "model": the KL
-    divergence of the whole model's next-token distribution to the original's, all blocks together, from `start`
-    ("rtn" or "gptq") on. `batch` counts sequences of the calibration set.
+    divergence of the whole model's next-token distribution to the original's, all blocks together, by Adam instead of signs.
+    `start`: where learning begins, "rtn" or "gptq". `batch` counts sequences of the calibration set.
     """
 
     steps: int = 200
@@ -104,7 +105,7 @@ def method_of(given: "Method | str | dict") -> Method:
     """A method with its settings: from itself, its name, or what `to_dict` wrote ({"name": ..., settings}).
 
     >>> method_of("gptq").damping, method_of({"name": "rtn", "mse_grid": 16})
-    (0.01, Rtn(mse_grid=16, weighted=False))
+    (0.05, Rtn(mse_grid=16, weighted=False))
     """
     if isinstance(given, Method):
         return given
@@ -165,8 +166,12 @@ class Quantize:
         return self.method.data_free and not (self.activations is not None and self.activations.static)
 
     def scheme_for(self, name: str, role: str) -> QuantScheme | None:
-        """The scheme of the first rule that matches, or None: keep the weight."""
-        return next((scheme for pattern, scheme in self.rules if matches(pattern, name, role)), None)
+        """The scheme of the first rule that matches, or None: keep the weight.
+
+        One expert of a stack is `<stack>#<expert>`; a rule for the stack matches it too.
+        """
+        names = {name, name.partition("#")[0]}
+        return next((scheme for pattern, scheme in self.rules if any(matches(pattern, n, role) for n in names)), None)
 
     def to_dict(self) -> dict:
         rules = [[p, None if s is None else str(s)] for p, s in self.rules]

@@ -210,14 +210,17 @@ class ActScheme:
 
     `per`: "token" (a scale per row of x, from its own largest value) or "tensor" (one scale for all of x). `static`: the
     scale was found beforehand, on calibration data, and is stored with the layer; otherwise x gives it at run time.
+    `outliers`: the threshold of LLM.int8(): an input channel that holds a larger magnitude anywhere in x is not rounded and
+    has no part in the scales (see `methods/outliers.py`); None: all are rounded.
 
-    >>> str(ActScheme(8, "tensor", static=True)), ActScheme.parse("a8-token")
-    ('a8-static', ActScheme(bits=8, per='token', static=False))
+    >>> str(ActScheme(8, "tensor", static=True)), ActScheme.parse("a8-token-o6")
+    ('a8-static', ActScheme(bits=8, per='token', static=False, outliers=6.0))
     """
 
     bits: int = 8
     per: str = "token"
     static: bool = False
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         bits = _integer(self.bits)
@@ -228,17 +231,29 @@ class ActScheme:
             raise ValueError(f"per={self.per!r} is not known; use 'token' or 'tensor'")
         if self.static and self.per != "tensor":
             raise ValueError("static=True needs per='tensor': the scales of tokens that were not seen yet cannot be stored")
+        if self.outliers is not None:
+            number = isinstance(self.outliers, int | float) and not isinstance(self.outliers, bool)
+            if not number or not 0 < self.outliers < float("inf"):
+                raise ValueError(f"outliers={self.outliers!r} must be a positive threshold, such as 6.0, or None: round every channel")
+            if self.static:
+                raise ValueError(f"outliers={self.outliers!r} needs scales found at run time, from what is left; use per='token'")
+            object.__setattr__(self, "outliers", float(self.outliers))
 
     @classmethod
     def parse(cls, text: str) -> "ActScheme":
-        """The scheme that `str` prints: a<bits>-<token|tensor|static>."""
-        m = re.fullmatch(r"a(\d+)-(token|tensor|static)", text)
+        """The scheme that `str` prints: a<bits>-<token|tensor|static>, or a<bits>-<token|tensor>-o<threshold>."""
+        m = re.fullmatch(r"a(\d+)-(token|tensor|static)(?:-o(\d+(?:\.\d+)?))?", text)
         if not m:
-            raise ValueError(f"activations={text!r} is not of the form a<bits>-<token|tensor|static>, such as a8-token")
-        return cls(int(m[1]), "tensor" if m[2] == "static" else m[2], m[2] == "static")
+            raise ValueError(
+                f"activations={text!r} is not of the form a<bits>-<token|tensor|static>, such as a8-token, "
+                "or a<bits>-<token|tensor>-o<threshold>, such as a8-token-o6"
+            )
+        static = m[2] == "static"
+        return cls(int(m[1]), "tensor" if static else m[2], static, None if m[3] is None else float(m[3]))
 
     def __str__(self) -> str:
-        return f"a{self.bits}-{'static' if self.static else self.per}"
+        outliers = "" if self.outliers is None else f"-o{np.format_float_positional(self.outliers, trim='-')}"
+        return f"a{self.bits}-{'static' if self.static else self.per}{outliers}"
 
     @property
     def top(self) -> int:

@@ -18,8 +18,10 @@ import edgelab.hf
 from edgelab import Quantize, QuantScheme, Recipe, Report, Row, layers
 from edgelab import bundle as bundles
 from edgelab.bundle import MANIFEST, coverage_of, load_bundle, read_manifest, save_bundle, verify_bundle
-from edgelab.compress import compress
-from edgelab.model import dequantize, load, load_tokenizer, quantized, stored_tensors
+from edgelab.compress import audit, compress
+from edgelab.model import dequantize, load, load_tokenizer, quantized, stored_tensors, swap, weights
+from edgelab.qtensor import QTensor
+from edgelab.scheme import ActScheme
 
 EDGE_MOE = Path(__file__).parents[1] / "data" / "edge-moe"
 
@@ -229,7 +231,7 @@ def test_what_is_no_bundle_is_not_replaced(tmp_path):
 def test_a_bundle_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     _, out = saved(tiny("llama"), tmp_path / "b")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(bundles, "_write_config", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(bundles, "write_config", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         saved(tiny("qwen3"), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -333,10 +335,113 @@ def test_a_config_of_another_format_or_model_is_refused(copied):
         load(copied)
 
 
-def test_quantizing_while_loading_points_to_compress(tmp_path):
-    tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"load the model, then edgelab.compress\(model, recipe\)"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=edgelab.hf.EdgeLabConfig())
+# ----------------------------------------------------------------------------------------------------- codebooks
+
+CODEBOOKS = ["int4-g32", "int3-row", "uint4-g32", "uint3-g8", "uint8-row", "uint2-tensor", "nf4-g32", "nf4-row", "fp4-g16", "mxfp4-g32"]
+
+
+def drawn(shape, scheme: str) -> QTensor:
+    """A weight of random codes and scales: what a bundle holds, whoever fitted it."""
+    s = QuantScheme.parse(scheme)
+    codes = torch.randint(0, s.levels, shape, dtype=torch.uint8).numpy()
+    small = s.scales_shape(shape)
+    scales = torch.randint(118, 124, small, dtype=torch.uint8) if s.codebook == "mxfp" else (torch.rand(small) + 0.5) / s.levels / 8
+    offsets = -(torch.rand(small) * 0.2 + 0.9) * scales * s.levels / 2 if s.asymmetric else None
+    return QTensor.from_codes(codes, scales.numpy(), s, None if offsets is None else offsets.numpy())
+
+
+def with_codes(family: str, scheme: str):
+    """(model, recipe) with such codes in the place of every weight but the routers."""
+    model, recipe = tiny(family), Recipe.uniform(scheme)
+    swap(model, {w.name: drawn(w.shape, scheme) for w in weights(model) if not w.tied_to and w.kind != "router"})
+    edgelab.hf.adopt(model)
+    return model, recipe
+
+
+@pytest.mark.parametrize("scheme", CODEBOOKS)
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "gpt_oss"])  # tied, experts, transposed experts with biases
+def test_every_codebook_round_trips_to_the_bit(family, scheme, tmp_path):
+    model, recipe = with_codes(family, scheme)
+    coverage = audit(model)
+    out = save_bundle(model, None, tmp_path / "b", recipe=recipe, coverage=coverage)
+    verify_bundle(out)
+    back = load_bundle(out)
+    want = logits(model)
+    assert want.isfinite().all() and torch.equal(logits(back), want)
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(out)), want)
+    ours, theirs = quantized(model), quantized(back)
+    assert ours.keys() == theirs.keys() and coverage.expert_share in (None, 1.0)
+    for name, (_, q) in ours.items():
+        other = theirs[name][1]
+        assert str(other.scheme) == scheme and other.packed.tobytes() == q.packed.tobytes()
+        assert other.scales.dtype == q.scales.dtype and other.scales.tobytes() == q.scales.tobytes()
+        assert (other.offsets is None) == (q.offsets is None) == (not scheme.startswith("uint"))
+        assert q.offsets is None or other.offsets.tobytes() == q.offsets.tobytes()
+    assert coverage_of(out).predicted_bytes == coverage.predicted_bytes
+    stored = {n for f in out.glob("*.safetensors") for n in safe_open(f, "pt").keys()}  # noqa: SIM118 (no dict)
+    assert any(n.endswith("offsets") for n in stored) == scheme.startswith("uint")
+    if family == "qwen3":
+        assert back.lm_head.packed is back.model.embed_tokens.packed and "lm_head.packed" not in stored
+        assert getattr(back.lm_head, "offsets", None) is getattr(back.model.embed_tokens, "offsets", None)
+
+
+@pytest.mark.parametrize("scheme", ["uint4-g32", "mxfp4-g32"])
+def test_a_bfloat16_model_of_another_codebook_comes_back(scheme, tmp_path):
+    model, recipe = with_codes("qwen3_moe", scheme)
+    out = save_bundle(model, None, tmp_path / "b", recipe=recipe, coverage=audit(model))
+    back = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert back.model.embed_tokens.weight.dtype == torch.bfloat16 and back.lm_head.scales.dtype == model.lm_head.scales.dtype
+    again = save_bundle(back, None, tmp_path / "again", recipe=recipe, coverage=audit(back))
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(again)), logits(back))
+
+
+@pytest.mark.parametrize("text", ["a8-static", "a8-token", "a8-tensor", "a8-token-o6"])
+def test_activations_are_part_of_a_bundle(text, tmp_path):
+    act = ActScheme.parse(text)
+    for family in ("qwen3", "deepseek_v3"):
+        c = compress(tiny(family), Recipe.uniform("uint8-row" if family == "qwen3" else "int4-g32"), progress=False)
+        for i, layer in enumerate(m for m in c.model.modules() if isinstance(m, layers.QLinear | layers.QExperts)):
+            for parameter in layer._stored:
+                layer.round_input_of(parameter, act, 0.01 + 0.003 * i if act.static else None)
+        coverage = audit(c.model)
+        out = save_bundle(c.model, None, tmp_path / family, recipe=c.recipe, coverage=coverage)
+        back = load_bundle(out)
+        assert torch.equal(logits(back), logits(c.model))
+        assert edgelab.hf.activations_of(back) == edgelab.hf.activations_of(c.model) != {}
+        # the stored ranges are bytes of the model like any other
+        ranges = [r for r in coverage if r.name.endswith("act_scale")]
+        assert len(ranges) == (len(edgelab.hf.activations_of(back)) if act.static else 0) and all(r.predicted_bytes <= 4 for r in ranges)
+        verify_bundle(out)
+
+
+def test_a_missing_offset_is_named(tmp_path):
+    model, recipe = with_codes("deepseek_v3", "uint4-g32")
+    out = save_bundle(model, None, tmp_path / "b", recipe=recipe, coverage=audit(model))
+    chunk = next(out.glob("*.safetensors"))
+    with safe_open(chunk, "pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no dict)
+    gone = next(k for k in tensors if k.endswith("gate_up_offsets"))
+    save_file({k: v for k, v in tensors.items() if k != gone}, chunk, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the checkpoint lacks 1 tensors of quantized weights \({gone}\)"):
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "says"),
+    [
+        ({"lm_head": "int4"}, "schemes of the quantization_config, lm_head: 'int4' can't be read"),
+        ({"lm_head": "nf3-g64"}, "lm_head: 'nf3-g64' can't be read .*has a table of 16 levels"),
+        ({"lm_head": None}, "lm_head: None can't be read"),
+        ([["lm_head", "int4-g32"]], "schemes of the quantization_config is .* it must be {weight name: text}"),
+        ({"lm_head": "int4-g48"}, "group_size=48 does not divide"),
+    ],
+)
+def test_corrupted_texts_of_the_config_are_named(copied, schemes, says):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["schemes"] = schemes
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says):
+        load(copied)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,10 +17,11 @@ from edgelab import paths
 from edgelab.compress import compress
 from edgelab.export import ExportError
 from edgelab.export.onnx import _Blocks, export, verify
+from edgelab.layers import Blank
 from edgelab.methods.rtn import round_to_nearest
-from edgelab.model import load
+from edgelab.model import load, swap, weights
 from edgelab.recipe import Recipe
-from edgelab.scheme import QuantScheme
+from edgelab.scheme import ActScheme, QuantScheme
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256}
 SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -60,6 +61,26 @@ def tiny(config, scheme: str | None):
         if name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
             tensor.data += 0.2 * torch.randn_like(tensor)
     return compress(model, Recipe.uniform(scheme), progress=False).model if scheme else model
+
+
+@pytest.mark.parametrize("scheme", ["uint4-g32", "nf4-g32", "mxfp4-g32"])
+def test_other_codebooks_are_refused_at_the_door(scheme, tmp_path):
+    model, s = tiny(qwen3_moe(), None), QuantScheme.parse(scheme)
+    name = "model.layers.0.mlp.experts"
+    swap(model, {w.name: Blank(w.shape, s) for w in weights(model) if w.module_name == name})
+    with pytest.raises(ExportError, match=rf"{name}.gate_up_proj is {scheme}; this target writes the symmetric codebook only.* int4-g32"):
+        export(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["a8-token", "a8-static"])
+def test_rounded_inputs_are_refused_at_the_door(text, tmp_path):
+    model, act = tiny(qwen3(), "int8-row"), ActScheme.parse(text)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.round_input_of("weight", act, 0.1 if act.static else None)
+    with pytest.raises(ExportError, match=rf"model.layers.0.mlp.down_proj \(int8-row\) rounds its input to {text}, which this target"):
+        export(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def initializers(path) -> dict[str, np.ndarray]:

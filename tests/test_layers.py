@@ -9,12 +9,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from test_bundle import drawn
 from torch import nn
 
 from edgelab import layers
-from edgelab.layers import KERNELS, QEmbedding, QExperts, QLinear, dequantize, set_kernel
+from edgelab.layers import KERNELS, QEmbedding, QExperts, QLinear, dequantize, round_inputs, set_kernel
 from edgelab.methods.rtn import round_to_nearest
-from edgelab.scheme import QuantScheme
+from edgelab.qtensor import QTensor
+from edgelab.scheme import ActScheme, QuantScheme
 
 SCHEMES = ["int2-g32", "int3-g32", "int4-g32", "int8-g32", "int2-row", "int3-row", "int4-row", "int8-row", "int3-tensor", "int4-tensor"]
 
@@ -26,6 +28,13 @@ EXACT = [name for name in KERNELS if name != "numba-int8"]  # those that leave t
 def kernel(request):
     before = set_kernel(request.param)
     yield request.param
+    set_kernel(before)
+
+
+@pytest.fixture
+def int8():
+    before = set_kernel("numba-int8")
+    yield
     set_kernel(before)
 
 
@@ -359,6 +368,137 @@ def test_experts_state_dict_fills_an_empty_layer(kernel):
     assert list(layer.qtensors()) == ["gate_up_proj", "down_proj"] and layer.nbytes == sum(q.nbytes for q in layer.qtensors().values())
 
 
+# ----------------------------------------------------------------------------------------------------- codebooks
+
+CODEBOOKS = ["uint4-g32", "uint3-g32", "uint2-g8", "uint8-row", "uint4-tensor", "nf4-g32", "nf4-row", "fp4-g32", "fp4-tensor", "mxfp4-g32"]
+ACTS = ["a8-token", "a8-tensor", "a8-static", "a4-token", "a8-token-o6"]
+
+
+def of_codebook(family: str, scheme: str) -> tuple[QExperts, nn.Module]:
+    """As `experts_of`, with random codes of any codebook."""
+    layer, oracle = experts_of(family)
+    gate_up, down = drawn((8, 64, 64), scheme), drawn((8, 64, 32), scheme)
+    turned = family == "gpt_oss"
+    for parameter, q in ((oracle.gate_up_proj, gate_up), (oracle.down_proj, down)):
+        w = torch.from_numpy(q.dequantize())
+        parameter.data = w.mT.contiguous() if turned else w
+    biases = (oracle.gate_up_proj_bias, oracle.down_proj_bias) if turned else (None, None)
+    return QExperts(gate_up, down, layer.act_fn, *biases, glu=layer.glu, limit=layer.limit, alpha=layer.alpha), oracle
+
+
+@pytest.mark.parametrize("scheme", CODEBOOKS)
+@torch.no_grad()
+def test_linear_and_embedding_of_every_codebook(scheme, kernel):
+    q, bias = drawn((37, 96), scheme), torch.randn(37)
+    assert np.abs(q.dequantize()).max() > 0
+    layer, oracle = QLinear(q, bias), plain(q, bias)
+    for shape in [(96,), (1, 96), (5, 96), (2, 3, 96), (0, 96), (130, 96)]:
+        x = torch.randn(shape)
+        close(layer(x), oracle(x))
+        close(layer(x.bfloat16()), oracle(x.bfloat16().float()).bfloat16(), torch.bfloat16)
+    table = torch.from_numpy(q.dequantize())
+    for ids in (torch.tensor([3, 0, 36, 3]), torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.long), torch.tensor(5)):
+        torch.testing.assert_close(QEmbedding(q)(ids), table[ids], rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.weight, table, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scheme", CODEBOOKS)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+@torch.no_grad()
+def test_experts_of_every_codebook(family, scheme, kernel):
+    layer, oracle = of_codebook(family, scheme)
+    for tokens, k in [(1, 2), (40, 3), (0, 2)]:
+        x, (index, weights) = torch.randn(tokens, 64), routing(tokens, k)
+        if family != "gpt_oss":  # transformers' own takes no sentinel there
+            index[::3, 0] = 8  # no expert
+        close(layer(x, index, weights), oracle(x, index, weights))
+
+
+@pytest.mark.parametrize("scheme", CODEBOOKS)
+@torch.no_grad()
+def test_int8_activations_on_every_codebook(scheme, int8):
+    """Evenly spaced levels take int8 activations; tables are multiplied by the inputs as they are. What an offset adds
+    never sees the rounding: (o + s h) sum x is exact."""
+    q = drawn((37, 96), scheme)
+    layer, w = QLinear(q), torch.from_numpy(q.dequantize())
+    group = q.scheme.granularity.size if "-g" in scheme else 96
+    for tokens in (1, 7, 40):
+        x = torch.randn(tokens, 96) * torch.rand(96).mul(4).exp()
+        if not q.scheme.affine:
+            close(layer(x), x @ w.T)
+            continue
+        middle = torch.from_numpy(
+            QTensor.from_codes(np.full((37, 96), q.scheme.zero_point, np.uint8), q.scales, q.scheme, q.offsets).dequantize()
+        )
+        got, want = layer(x), fake_int8(x, group) @ (w - middle).T + x @ middle.T
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        assert not torch.allclose(got, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("text", ACTS)
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-row", "uint4-g32", "uint8-row", "nf4-g32", "mxfp4-g32"])
+@torch.no_grad()
+def test_rounded_inputs_are_what_every_kernel_multiplies(scheme, text, name):
+    """y = F.linear(round_inputs(x), W), also on the int8 kernel, which must not round a second time."""
+    q, act, scale = drawn((37, 96), scheme), ActScheme.parse(text), 0.02
+    layer, oracle = QLinear(q), plain(q)
+    layer.kernel = name
+    stored = scale if act.static else None
+    layer.round_input_of("weight", act, stored)
+    x = torch.randn(9, 96)
+    x[:, 5] *= 40
+    close(layer(x), oracle(round_inputs(x, act, stored and torch.tensor([scale]))))
+    assert layer(x[:0]).shape == (0, 37)
+    layer.round_input_of("weight", None)
+    layer.kernel = "torch"
+    close(layer(x), oracle(x))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("text", ACTS)
+@pytest.mark.parametrize("scheme", ["int8-row", "uint4-g32", "nf4-g32"])
+@torch.no_grad()
+def test_experts_round_their_inputs_on_every_kernel(scheme, text, name):
+    layer, _ = of_codebook("deepseek_v3", scheme)
+    act, scale = ActScheme.parse(text), 0.03
+    stored = scale if act.static else None
+    for parameter in ("gate_up_proj", "down_proj"):
+        layer.round_input_of(parameter, act, stored)
+    layer.kernel = name
+    tokens, k = 12, 2
+    x, (index, weights) = torch.randn(tokens, 64), routing(tokens, k)
+    x[:, 5] *= 40
+    number = stored and torch.tensor([scale])
+    w = layer.dequantized()
+    inner = torch.empty(tokens, k, 32)  # what is multiplied by down, of all tokens: a scale per tensor sees it whole
+    rounded = round_inputs(x, act, number)
+    for t in range(tokens):
+        for j, e in enumerate(index[t].tolist()):
+            gate, up = (w["gate_up_proj"][e] @ rounded[t]).chunk(2)
+            inner[t, j] = nn.functional.silu(gate) * up
+    inner = round_inputs(inner, act, number)
+    expected = torch.stack(
+        [sum(weights[t, j] * (w["down_proj"][e] @ inner[t, j]) for j, e in enumerate(index[t].tolist())) for t in range(tokens)]
+    )
+    got = layer(x, index, weights)
+    # where a sum lies on the edge between two steps, the order of summation may decide: one step of one input of `down`
+    step = float(inner.abs().amax()) / act.top * float(w["down_proj"].abs().max())
+    assert float((got - expected).abs().max()) <= step + 1e-4
+    assert ((got - expected).abs() < 1e-3 * (1 + expected.abs())).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_a_power_of_two_that_no_tile_can_hold_is_named():
+    scheme = QuantScheme.parse("mxfp4-g32")
+    q = QTensor.from_codes(np.full((2, 32), 2, np.uint8), np.full((2, 1), 127 + 20, np.uint8), scheme)
+    layer, x = QLinear(q), torch.ones(1, 32)
+    with pytest.raises(ValueError, match=r"a scale of mxfp4-g32 is above 2\*\*15.*set_kernel\('torch'\)"):
+        layer(x)
+    layer.kernel = "torch"
+    assert layer(x).tolist() == [[32 * 2.0**20] * 2]
+
+
 # ---------------------------------------------------------------------------------------- errors, and a second home
 
 
@@ -411,13 +551,6 @@ def test_the_same_codes_run_in_onnxruntime_s_matmulnbits():
 
 
 # ------------------------------------------------------------------------------------------------ int8 activations
-
-
-@pytest.fixture
-def int8():
-    before = set_kernel("numba-int8")
-    yield
-    set_kernel(before)
 
 
 @pytest.mark.parametrize("scheme", ["int2-g32", "int3-g32", "int4-g32", "int8-g32", "int4-row", "int8-row", "int4-tensor"])

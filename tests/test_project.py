@@ -48,9 +48,10 @@ FLOORS = [
     {"scheme", "qtensor", "recipe", "report", "device", "paths", "manifest"},
     {"kernels"},
     {"methods"},
-    {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "pretrain", "acceptance", "export"}
-    | {"runtime", "governor", "sweep"},
-    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "tile_picture", "doctor", "explorer", "cli"},
+    {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
+    | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
+    | {"stream", "checkpoint"},
+    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.layers import QEmbedding, QExperts, QLinear
+from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
 from edgelab.model import family_of
 from edgelab.qtensor import QTensor, pack, unpack
 from edgelab.scheme import PerGroup, PerTensor
@@ -151,6 +151,25 @@ class _Opaque(nn.Module):
         return torch.onnx.ops.symbolic(
             "edgelab::Layer", (x, *more), attributes, dtype=torch.float32, shape=(*lead, self.features), version=1
         )
+
+
+def _refuse_other_arithmetic(model: nn.Module) -> None:
+    """Raises ExportError for codes that `MatMulNBits` as written here can't say, and for inputs that are rounded first."""
+    for name, module in model.named_modules():
+        for parameter, s in module._stored.items() if isinstance(module, Quantized) else ():
+            where = f"{name}.{parameter}" if isinstance(module, QExperts) else name
+            if getattr(module, "is_part", False):
+                raise ExportError(f"{name}: experts in several schemes are not what this target writes; give each stack one scheme")
+            if s.scheme.codebook != "int":
+                raise ExportError(
+                    f"{where} is {s.scheme}; this target writes the symmetric codebook only, scale * (q - 2**(bits-1)). "
+                    f"Export a model compressed to a scheme such as int{s.scheme.bits}-{s.scheme.granularity}"
+                )
+            if parameter in module.acts:
+                raise ExportError(
+                    f"{where} ({s.scheme}) rounds its input to {module.acts[parameter]}, which this target does not write. Export a model "
+                    "without activations in its recipe, or take the rounding off: layer.round_input_of(parameter, None)"
+                )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, _Layer, int]]:
@@ -489,6 +508,7 @@ def export(
     path = out if out.suffix == ".onnx" else out / "model.onnx"
     began = time.perf_counter()
 
+    _refuse_other_arithmetic(model)
     layers = list(_layers(model))
     vocabulary = model.config.get_text_config().vocab_size
     traced = _trace(_skeleton(model, layers, experts), vocabulary)

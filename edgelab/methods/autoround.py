@@ -1,0 +1,162 @@
+"""AutoRound: rounding that is learnt by signed gradient descent, for any loss.
+
+With w a weight, s its group's scale and h the code of zero, a rounded weight is
+
+    w^ = s * (clip(round(w / s + V), -h, h - 1)),    V in [-1/2, 1/2],    s = m * s_0,    m in [1/2, 3/2]
+
+V decides which way each weight is rounded, m how wide the range is. Rounding passes the gradient straight through.
+"sign": both move by the sign of their gradient, V by `lr` and m by a tenth of it, falling to 0 in a line: in 200 steps of
+1/200 each weight can go half a step of its grid and back (Cheng et al. 2023, arXiv 2309.05516, section 3 and algorithm 1).
+"adam": by Adam's step of the same size, so that a weight whose gradient only is noise stays where it is.
+
+The loss is the caller's. The paper's is the squared error of a decoder block's output. The other one here is what
+quantization is judged by: the KL divergence of the model's next-token distribution to the original's, with all weights
+of the model learning together (`fit.py` builds both). It costs a pass of the whole model forwards and back per
+step, so it is for models that train on the machine at hand; blocks are for the others.
+
+A start that another method found (GPTQ) is kept: where its code q_0 is not the nearest one, w is first moved into q_0's
+interval, a quarter of a step from q_0 on its own side, and learning goes on from exactly those codes. (At the very
+edge of the interval the first steps of noise would undo what GPTQ had put right: `LOG.md`.)
+
+Trade-off: what is learnt fits the calibration text. With few tokens the loss on it falls while that of other text rises.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from edgelab.qtensor import QTensor
+from edgelab.scheme import PerGroup
+
+_LEAST_MOVE, _MOST_MOVE = 0.5, 1.5  # of a scale, from where it started
+_INSIDE = 0.25  # steps from its code that a weight starts at when its code is not the nearest
+_WARM = 20  # steps over which Adam's rate rises: its first averages are those of few gradients
+OPTIMIZERS = ("sign", "adam")
+
+
+class Learnt(nn.Module):
+    """One weight [..., out, in] that learns its rounding: calling it gives w^, differentiable with respect to V and m.
+
+    >>> from edgelab import QuantScheme
+    >>> scheme = QuantScheme.parse("int4-row")
+    >>> q = QTensor.from_codes(np.array([[0, 8, 15]], np.uint8), np.array([[0.5]], np.float16), scheme)
+    >>> learnt = Learnt(torch.tensor([[-4.0, 0.2, 3.5]]), q)
+    >>> learnt().tolist()
+    [[-4.0, 0.0, 3.5]]
+    """
+
+    def __init__(self, weight: Tensor, start: QTensor) -> None:
+        super().__init__()
+        scheme, device = start.scheme, weight.device
+        if not scheme.affine:
+            raise ValueError(f"{scheme} has a table of levels; rounding is learnt for int and uint schemes: use the method 'rtn' or 'gptq'")
+        self.scheme, self.shape = scheme, tuple(weight.shape)
+        self.low = 0 if scheme.asymmetric else -scheme.zero_point
+        self.high = self.low + scheme.levels - 1
+        scale = self._groups(torch.from_numpy(start.scale_values()).to(device).expand(*self.shape[:-1], start.scales.shape[-1]), 1)
+        offset = torch.zeros_like(scale)
+        if start.offsets is not None:
+            stored = torch.from_numpy(start.offsets.astype(np.float32)).to(device)
+            offset = self._groups(stored.expand(*self.shape[:-1], start.offsets.shape[-1]), 1)
+        codes = self._groups(torch.from_numpy(start.codes()).to(device).float(), 0) + self.low
+        safe = torch.where(scale == 0, 1.0, scale)
+        away = (self._groups(weight.detach().float(), 0) - offset) / safe - codes
+        place = codes + torch.where(away.abs() > 0.5, away.sign() * _INSIDE, away.clamp(-0.49, 0.49))
+        self.register_buffer("wide", place * scale)  # the weight without its offset, moved into the intervals of the codes
+        self.register_buffer("scale", scale)  # [..., out, groups, 1]
+        self.register_buffer("offset", offset)
+        self.shift = nn.Parameter(torch.zeros_like(place))  # V
+        self.factor = nn.Parameter(torch.ones_like(self._stored_scale(scale)))  # m, one for each scale that is stored
+
+    def _groups(self, values: Tensor, scales: int) -> Tensor:
+        """[..., out, groups, size], or [..., out, groups, 1] of scales."""
+        if scales:
+            return values[..., None]
+        size = self.scheme.granularity.size if isinstance(self.scheme.granularity, PerGroup) else values.shape[-1]
+        return values.unflatten(-1, (-1, size))
+
+    def _stored_scale(self, scale: Tensor) -> Tensor:
+        """[..., rows, groups, 1] of [..., out, groups, 1]: rows is 1 where a matrix shares a scale."""
+        return scale[..., : self.scheme.scales_shape(self.shape)[-2], :, :]
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """(level of each code [..., out, groups, size], scale [..., rows, groups, 1] as float16 will hold it)."""
+        scale = _through(self._stored_scale(self.scale) * self.factor, lambda v: v.half().float())
+        place = self.wide / torch.where(scale == 0, 1.0, scale) + self.shift
+        return _through(place.clamp(self.low - 0.49, self.high + 0.49), torch.round), scale
+
+    def forward(self) -> Tensor:
+        level, scale = self._parts()
+        return (level * scale + self.offset).reshape(self.shape)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One step of signed descent; forgets the gradients."""
+        for value, each in ((self.shift, rate), (self.factor, rate / 10)):
+            if value.grad is not None:
+                value.sub_(value.grad.sign(), alpha=each)
+                value.grad = None
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        self.shift.clamp_(-0.5, 0.5)
+        self.factor.clamp_(_LEAST_MOVE, _MOST_MOVE)
+
+    @torch.no_grad()
+    def qtensor(self) -> QTensor:
+        """The codes and scales as they are now."""
+        level, scale = self._parts()
+        codes = (level - self.low).reshape(self.shape).to(torch.uint8).cpu().numpy()
+        offsets = self._stored_scale(self.offset)[..., 0].cpu().numpy() if self.scheme.asymmetric else None
+        return QTensor.from_codes(codes, scale[..., 0].cpu().numpy(), self.scheme, offsets)
+
+
+def _through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """rounding(x), whose gradient is that of x itself."""
+    return x + (rounding(x) - x).detach()
+
+
+def learn_rounding(
+    weights: Mapping[str, Tensor],
+    start: Mapping[str, QTensor],
+    loss: Callable[[dict[str, Tensor], int], Tensor],
+    *,
+    steps: int = 200,
+    lr: float = 0.005,
+    optimizer: str = "sign",
+    progress: bool = True,
+) -> dict[str, QTensor]:
+    """The codes of all `weights` after `steps` steps from `start`. `loss(rounded weights, step)` returns a scalar to lower.
+
+    Raises FloatingPointError when the loss is NaN or infinite, ValueError for a codebook with a table of levels and for
+    settings that are no positive numbers.
+    """
+    if steps < 1 or lr <= 0:
+        raise ValueError(f"steps={steps}, lr={lr}: both must be positive; 200 and 1/200 are the paper's")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is not known; use {' or '.join(map(repr, OPTIMIZERS))}")
+    learnt = {name: Learnt(w, start[name]) for name, w in weights.items()}
+    shifts, factors = [each.shift for each in learnt.values()], [each.factor for each in learnt.values()]
+    adam = torch.optim.Adam([{"params": shifts, "share": 1.0}, {"params": factors, "share": 0.1}], betas=(0.9, 0.99), eps=1e-12)
+    with tqdm(total=steps, desc="learn rounding", unit="step", disable=not progress, leave=False) as bar, torch.enable_grad():
+        for step in range(steps):
+            value = loss({name: each() for name, each in learnt.items()}, step)
+            told = float(value.detach())
+            if not np.isfinite(told):
+                raise FloatingPointError(f"the loss is {told} at step {step}: the model overflows or its inputs are broken")
+            value.backward()
+            rate = lr * (1 - step / steps)
+            if optimizer == "adam":
+                for group in adam.param_groups:
+                    group["lr"] = rate * min(1.0, (step + 1) / _WARM) * group["share"]
+                adam.step()
+                adam.zero_grad()
+            for each in learnt.values():
+                each.step(rate)  # finds no gradients where Adam has taken them
+                each.bound()
+            bar.set_postfix(loss=f"{told:.3g}", refresh=False)
+            bar.update()
+    return {name: each.qtensor() for name, each in learnt.items()}

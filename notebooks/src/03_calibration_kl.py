@@ -1,0 +1,323 @@
+# %% [markdown]
+# # 03 · Calibration: where to cut
+#
+# **Claim: no rule that looks at a histogram alone finds the right range of an activation. KL divergence, the classic of
+# 8-bit inference, keeps the shape of the distribution and cuts off the few huge values in which a language model keeps
+# meaning; on this model it does more harm than all other rules. What helps is to measure.**
+#
+# After this notebook you can
+#
+# 1. work out TensorRT's entropy calibration by hand,
+# 2. say what *max*, *percentile*, *squared error* and *KL* each keep and give up,
+# 3. read from a threshold its step, what it clips, and what it does to the model's next word,
+# 4. find the activations that carry meaning, and say which tokens they belong to,
+# 5. let the measured effect choose a rule for each tensor, and judge static 8-bit models with it,
+# 6. say what smoothing changes about all this.
+#
+# *Before you start*: [00, start here](00_start_here.ipynb), and what int8 activations are, from
+# [02](02_quantized_matmul.ipynb). *Takes* about a minute on two cores and 2 GB of memory. Every cell may be run again. Figures
+# belong to the model and to the text of your Python installation; they move a little with it.
+
+# %%
+import copy
+
+import numpy as np
+from IPython.display import HTML, Markdown, display
+
+from edgelab import Recipe, clip_lab, compress, corpus, data, plots, words
+from edgelab.blocks import calibrate
+from edgelab.evaluate import measure, summarise
+from edgelab.kernels.histogram import add, empty, kl_threshold
+from edgelab.methods.clip import RULES, threshold
+from edgelab.model import load, load_tokenizer
+from edgelab.paths import data_dir
+from edgelab.ranges import STATIC, apply_activations, model_klds, static_ranges
+from edgelab.scheme import ActScheme
+from edgelab.transforms import plant_outliers, rotate, smooth
+
+# %% tags=["parameters"]
+model_dir = str(data_dir() / "edge-moe")  # any folder with a Hugging Face causal language model
+tensor_name = "model.layers.0.mlp.down_proj"  # the weight whose inputs are looked at
+calibration_tokens = 8192
+effect_tokens = 1024  # on which effects are measured
+documents = {"prose": 6, "code": 6, "assistant": 40, "arithmetic": 60}  # of the test split
+seed = 0
+
+# %%
+model, tokenizer = load(model_dir), load_tokenizer(model_dir)
+text = corpus()
+batches = data.calibration_batches(tokenizer, text["calibration"], tokens=calibration_tokens, context=256, batch=8, seed=seed)
+tensor = clip_lab.Tensor(model, tensor_name, batches[0], batches[1][:2])
+print(f"{sum(b.numel() for b in batches):,} tokens of calibration text; {tensor.values.size:,} values of {tensor_name}")
+
+# %% [markdown]
+# ## 1. A histogram of what a layer multiplies
+#
+# *Static* quantization rounds a layer's inputs to int8 with one step that was fixed beforehand: step = threshold / 127. What
+# lies beyond the threshold is clipped to it. To choose a threshold we need to know what the inputs are like, so we run some
+# text through the model and count them in 2,048 bins.
+#
+# **Predict.** Values of a normal distribution rarely exceed four times their root mean square. The largest of these: 4, 10
+# or 40 times?
+
+# %%
+display(Markdown(words.markdown(tensor.shape_rows())))
+sentence = clip_lab.say_thresholds(tensor)
+plots.show(clip_lab.histogram_figure(tensor), sentence)
+display(Markdown(sentence))
+
+# %% [markdown]
+# **Answer.** Nearly 40 times.
+#
+# **Explain.** The layer multiplies act(gate) × up, and a product of two roughly normal numbers has a heavy tail. If the
+# largest value sets the step, half of all values lie below a fifth of one step: to int8 they are zero. If we cut the tail, the
+# step is finer and the largest values are wrong. Four rules weigh the two, and the marks show that they do not agree.
+
+# %% [markdown]
+# ## 2. TensorRT's rule, by hand
+#
+# "Entropy calibration" asks how much *information* about the distribution is lost. For each candidate, i bins kept:
+#
+# - **P**: the first i bins, with all outliers added to the last of them (clipping puts them there);
+# - **Q**: the first i bins *without* the outliers, merged into as many levels as there are codes, each level's count spread
+#   evenly over its nonzero bins (codes can tell no more);
+# - the loss is KL(P || Q) = Σ P ln(P / Q). The least wins; the threshold is (i + ½) bin widths.
+#
+# Eight bins, four levels.
+#
+# **Predict.** The bins are 20 8 6 4 0 2 3 1. Will the rule keep all eight?
+
+# %%
+counts = np.array([20, 8, 6, 4, 0, 2, 3, 1])
+display(Markdown(words.markdown(clip_lab.hand_rows(counts, levels=4))))
+found = kl_threshold(counts, width=1.0, levels=4, zero_bin="keep")
+print(f"the kernel says: threshold {found.threshold}, divergences {np.round(found.curve, 4).tolist()}")
+
+# %% [markdown]
+# **Look.** Five bins are out of the question: the fifth is empty, so outliers would lie in P where Q has nothing, and KL is
+# infinite. Take the line with 6 bins kept: 3 + 1 = 4 outliers make the last bin of P 2 + 4 = 6. Four levels over six bins
+# hold 2, 1, 2 and 1 of them: 20 + 8 become 14 + 14; 4 + 0 stay 4 and 0, since an empty bin gets nothing.
+#
+# **Answer.** No: the least divergence is that of four bins, where every level is one bin and nothing but the outliers is lost.
+#
+# **Explain.** Two forces: fewer bins make finer levels, more bins make fewer outliers. Note what does *not* count: how far
+# away an outlier lies. In P it moves to the last bin, whether it was one bin further or a thousand. For a picture's
+# edges that is wise; for a language model we shall see.
+
+# %% [markdown]
+# **The first control that must fail: too few bins.** With as many bins as levels there is one candidate, the maximum, and
+# nothing is searched. Some tools do this by default and still call the result entropy calibration.
+
+# %%
+coarse = add(empty(bins=128, top=2 * tensor.maximum), tensor.values)
+try:
+    threshold(coarse, "kl")
+except ValueError as error:
+    print("refused:", error)
+else:
+    raise AssertionError("128 bins and 128 levels leave nothing to search")
+
+# %% [markdown]
+# ## 3. Four rules on one tensor
+#
+# **Predict.** Which of the two curves has its least further left, KL or the squared error?
+
+# %%
+plots.show(clip_lab.curves_figure(tensor), sentence)
+display(Markdown(sentence))
+display(Markdown(words.markdown(tensor.rule_rows())))
+
+# %% [markdown]
+# **Look.** Every row of the table rounds the inputs of this one layer and leaves the rest of the model alone. The last column
+# is the truth that matters: how far the distribution of the next word moved.
+#
+# **Answer.** KL, by far.
+#
+# **Explain.** The column of the histogram's KL is least for "kl", that of the squared error for "mse": each rule is best by its own
+# measure. The model's own divergence agrees with KL least of all. A clipped value loses its distance to the threshold,
+# and the squared error counts that; KL counts heads.
+
+# %% [markdown]
+# ## 4. Try it yourself
+#
+# **Predict.** From the maximum downwards the model first gets better (a finer step), then worse. Where does it turn?
+#
+# Each threshold is computed and measured anew, in well under a second.
+
+# %%
+control = clip_lab.ThresholdControl(tensor, start=tensor.ranges["mse"].threshold)
+control
+
+# %%
+for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.35, 0.25, 0.15):
+    control.choose(share * tensor.maximum)
+    assert control.error is None, control.error
+sentence = "KL of the model at each threshold tried: the numbers are in the table below."
+plots.show(control.static(), sentence)
+display(HTML(control.told), HTML(control.html))
+best = min(tensor.costs.values(), key=lambda c: c.kld)
+print(f"least: {best.kld:.3g} nats at {best.threshold:.3g}, {best.threshold / tensor.maximum:.0%} of the maximum")
+assert best.kld < tensor.at(tensor.ranges["kl"].threshold).kld / 3
+
+# %% [markdown]
+# **Answer.** It turns where hardly anything is clipped: at two thirds of the maximum or so. KL's threshold lies far to the left
+# of it, on the steep side.
+
+# %% [markdown]
+# ## 5. Where KL ruins a language model
+#
+# **Predict.** Whose values does KL's threshold cut: those of rare words, of all words alike, or of something else?
+
+# %%
+cut = tensor.ranges["kl"].threshold
+display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, cut))))
+between = tensor.ranges["percentile"].threshold
+print(f"beyond the percentile's {between:.4g}:")
+display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, between, most=3))))
+
+# %% [markdown]
+# **Answer.** Those of few kinds of tokens, first of all the one that begins every text.
+#
+# **Explain.** The first position of every text has the same huge values in this layer: a *massive activation*. Attention needs
+# a place to look at when it looks for nothing, and the model has made the first token that place (an attention sink; Sun et al.
+# 2024, arXiv 2402.17762; Xiao et al. 2023, arXiv 2309.17453). One position in 256 is rare enough for KL to give it up, and
+# all other positions attend to it. Rare, huge and meaningful: that is what a histogram cannot tell.
+#
+# Now all tensors, each rounded alone: the effect is the squared error of its decoder block's output over the output's squared size,
+# averaged over tokens.
+#
+# **Predict.** In how many of the tensors has KL the least effect of all four rules?
+
+# %%
+stats = calibrate(model, batches, want=("histogram",), progress=False)
+ranges = static_ranges(model, stats, batches, tokens=effect_tokens, progress=False)
+sentence = clip_lab.say_effects(ranges)
+plots.show(clip_lab.effects_figure(ranges), sentence)
+display(Markdown(sentence))
+print("threshold (effect) by each rule; the tensors that lose most:")
+display(Markdown(words.markdown(clip_lab.effect_rows(ranges))))
+print(ranges)
+
+# %% [markdown]
+# **Look.** The last line is the second test: all tensors rounded at once, each by its own best rule or all by the same,
+# and the divergence of the whole model. Whichever is least is taken: on this text no single rule is better than the choice.
+#
+# **Explain.** For most tensors the rules hardly differ, and KL is as good as any. It is the few others that decide, above all
+# what `down_proj` and the compressed keys and values (`kv_b_proj`) read.
+#
+# **Predict.** Weights in 8 bits with one scale per row, all inputs of the decoder in static 8 bits: which rule keeps the
+# sums of two numbers (*arithmetic*) right?
+
+# %%
+weights8 = compress(model, Recipe.body("int8-row"), progress=False).model
+models = {"fp": model, "weights only": weights8, "per token": copy.deepcopy(weights8)}
+apply_activations(models["per token"], ActScheme.parse("a8-token"), names=list(ranges))  # a scale for each token, at run time
+for name, scales in {"best": ranges, **{rule: ranges.throughout(rule) for rule in RULES}}.items():
+    models[name] = copy.deepcopy(weights8)
+    apply_activations(models[name], STATIC, scales)
+measured = measure(models, tokenizer, text["test"], max_docs=documents, progress=False)
+report = summarise(measured, resamples=500, seed=seed)
+display(Markdown(words.markdown(words.table(report, ["kld", "ln_ppl_ratio", "exact_match"]))))
+right = {name: report.get(model=name, metric="exact_match", slice="arithmetic").value for name in models}
+assert right["kl"] < right["best"], "KL did no harm: is this another model?"
+
+# %% [markdown]
+# **Answer.** All but KL. It loses sums outright: digits have an activation of several hundred in the last layer's shared expert,
+# and KL cuts it off.
+#
+# **Explain.** Between fp and "weights only" lies what int8 weights cost, next to nothing. "Per token" takes the step from each
+# token's own largest value, which a static scheme cannot: the outlier of one token no longer coarsens the others. That is
+# the price of static ranges, and better thresholds cannot pay it; the next section can, in part.
+
+# %% [markdown]
+# ## 6. What smoothing changes
+#
+# If some *channels* are larger than others, divide them by their size and multiply the weights that read them (SmoothQuant). The
+# function stays the same and the histogram gets shorter. `pairs=True` does so between `up` and `down` too. A rotation of the
+# residual stream spreads what is large over all channels. And `plant_outliers` does the opposite, for
+# this small model lacks what models of billions of parameters have: channels 64 times as large as the others.
+#
+# **Predict.** Will the KL rule be harmless on the smoothed model?
+
+# %%
+variants = {"as it is": model}
+for name in ("smoothed", "rotated and smoothed", "outliers planted"):
+    variants[name] = changed = copy.deepcopy(model)
+    if name == "outliers planted":
+        plant_outliers(changed)
+        continue
+    if name.startswith("rotated"):
+        rotate(changed, seed)
+    smooth(changed, calibrate(changed, batches, want=(), progress=False), alpha=0.9, pairs=True)
+klds = {}
+for name, changed in variants.items():
+    its = static_ranges(changed, calibrate(changed, batches, want=("histogram",), progress=False), batches, "max", progress=False)
+    klds[name] = model_klds(changed, {rule: its.throughout(rule) for rule in RULES}, [batches[-1][:4]])
+display(Markdown(words.markdown(clip_lab.variant_rows(klds))))
+assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(klds["outliers planted"].values())
+
+# %% [markdown]
+# **Look.** Nats per token, activations rounded, weights in floating point; the floating-point models of all four lines give the
+# same answers.
+#
+# **Answer.** No. The other rules come close to one another, since there is little left to clip, and lose several times
+# less than before; KL still clips.
+#
+# **Explain.** Smoothing takes away differences between channels, not between tokens, and the first token is still as rare and as
+# important. With outliers planted in a few channels every single range fails: a wide one rounds all other channels to nothing, a narrow
+# one clips what matters.
+#
+# When *does* KL help? Where values are many, alike and none of them matters alone: in many of the tensors above it is
+# within a few per cent of the best, and it was made for pictures (convolutional networks). It must not clip where a rare value is a
+# message. You cannot see the difference in the histogram, and it takes a minute to measure.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answers in place of `None`; the line below each says whether it is right.
+#
+# **1.** (easy, 5 minutes, by hand) The bins 4 2 1 3 and two levels: how many bins does the rule keep? *Hint*: three candidates;
+# section 2 has the recipe.
+
+# %%
+bins_kept = None
+print(clip_lab.check_bins_kept(bins_kept))
+
+# %% [markdown]
+# **2.** (easy, 1 minute) The threshold is 6.35. How large is the step of int8?
+
+# %%
+step = None
+print(clip_lab.check_step(step))
+
+# %% [markdown]
+# **3.** (harder, 10 minutes) 100,000 values, all within ±4 but one, which is 60. What is the mean squared error from *clipping* it at
+# 4, and that of the rounding if the threshold is 60? *Hint*: a rounding error is spread evenly over a step, its mean square is step² / 12.
+
+# %%
+error_of_clipping, error_of_keeping = None, None
+print(clip_lab.check_costs(error_of_clipping, error_of_keeping))
+
+# %% [markdown]
+# <details><summary>Solutions</summary>
+#
+# 1. All four. KL is 0.148 with two bins, 0.232 with three, 0.086 with four.
+# 2. 6.35 / 127 = 0.05.
+# 3. 56² / 100,000 = 0.031 and (60 / 127)² / 12 = 0.019: the squared error keeps the outlier.
+#
+# </details>
+
+# %% [markdown]
+# ## What would change on your model
+#
+# Everything and nothing: other tensors, other outliers, the same procedure. A recipe does it in one line, with the effect measured
+# per tensor (`ranges="best"`), or with one rule throughout:
+#
+# ```python
+# recipe = Recipe.body("int8-row", activations="a8-static", ranges="best")
+# small = compress(model, recipe, calibration=batches)      # batches of your own text
+# ```
+#
+# Larger models have larger outliers: look at `down_proj` and at the first position first. If the best static model loses too much,
+# smooth before (`Smooth`), or let each token have its own scale (`activations="a8-token"`), which costs a pass over the
+# inputs at run time and needs no calibration at all.
