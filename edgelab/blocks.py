@@ -819,29 +819,28 @@ def _checksum(t: Tensor) -> str:
 
 def _write(file: Path, item: BlockStats, key: str) -> None:
     """The statistics of a block as one safetensors file, whole or not at all; what weights share is written once."""
+    unique: dict[int, InputStats] = {}  # by id; a pool before the stack that names it
+    for stats in item.stats.values():
+        if stats.pooled is not None:
+            unique.setdefault(id(stats.pooled), stats.pooled)
+        unique.setdefault(id(stats), stats)
+    places = {key: i for i, key in enumerate(unique)}
     tensors: dict[str, Tensor] = {}
-    entries: list[dict] = []
-    places: dict[int, int] = {}
-
-    def put(s: InputStats) -> int:
-        if id(s) in places:
-            return places[id(s)]
-        pooled = None if s.pooled is None else put(s.pooled)
-        i = places[id(s)] = len(entries)
-        entry = {"pooled": pooled, "histogram": None, "shared": []}
+    entries = []
+    for i, stats in enumerate(unique.values()):
+        entry: dict = {"pooled": None if stats.pooled is None else places[id(stats.pooled)], "histogram": None, "shared": []}
         for part in _TENSORS:
-            if (t := getattr(s, part)) is not None:
-                if is_shared(t):  # the pool's, for every expert
-                    entry["shared"].append(part)
-                else:  # safetensors refuses tensors that share memory; no two xx do
-                    tensors[f"{i}.{part}"] = t.contiguous() if part == "xx" else t.clone()
-        if s.histogram is not None:
-            entry["histogram"] = {"width": s.histogram.width, "zeros": s.histogram.zeros, "top": s.histogram.top}
-            tensors[f"{i}.histogram"] = torch.tensor(s.histogram.counts)
+            if (t := getattr(stats, part)) is None:
+                continue
+            if is_shared(t):  # the pool's, for every expert
+                entry["shared"].append(part)
+            else:  # safetensors refuses tensors that share memory; no two xx do
+                tensors[f"{i}.{part}"] = t.contiguous() if part == "xx" else t.clone()
+        if (h := stats.histogram) is not None:
+            entry["histogram"] = {"width": h.width, "zeros": h.zeros, "top": h.top}
+            tensors[f"{i}.histogram"] = torch.tensor(h.counts)
         entries.append(entry)
-        return i
-
-    names = {name: put(s) for name, s in item.stats.items()}
+    names = {name: places[id(stats)] for name, stats in item.stats.items()}
     routers = {}
     for name, r in item.routers.items():
         routers[name] = {"tokens": r.tokens, "inputs": r.inputs}
@@ -880,19 +879,18 @@ def _read_head(file: Path, device: torch.device) -> tuple[dict, dict[str, Router
 
 def _read(file: Path, i: int, device: torch.device) -> InputStats:
     with safe_open(file, framework="pt", device=str(device)) as f:
-        entries, there = json.loads(f.metadata()["edgelab"])["entries"], set(f.keys())
+        return _entry(f, json.loads(f.metadata()["edgelab"])["entries"], set(f.keys()), i)
 
-        def get(i: int) -> InputStats:
-            entry = entries[i]
-            parts = {p: f.get_tensor(f"{i}.{p}") for p in _TENSORS if f"{i}.{p}" in there}
-            if (h := entry["histogram"]) is not None:
-                counts = f.get_tensor(f"{i}.histogram").cpu().numpy()
-                parts["histogram"] = Histogram(counts, h["width"], h["zeros"], h["top"])
-            if entry["pooled"] is not None:
-                parts["pooled"] = get(entry["pooled"])
-            for part in entry["shared"]:
-                one = getattr(parts["pooled"], part)
-                parts[part] = one.expand(len(parts["count"]), *one.shape)
-            return InputStats(**parts)
 
-        return get(i)
+def _entry(f, entries: list[dict], there: set[str], i: int) -> InputStats:
+    entry = entries[i]
+    parts: dict = {p: f.get_tensor(f"{i}.{p}") for p in _TENSORS if f"{i}.{p}" in there}
+    if (h := entry["histogram"]) is not None:
+        counts = f.get_tensor(f"{i}.histogram").cpu().numpy()
+        parts["histogram"] = Histogram(counts, h["width"], h["zeros"], h["top"])
+    if entry["pooled"] is not None:
+        parts["pooled"] = _entry(f, entries, there, entry["pooled"])
+    for part in entry["shared"]:
+        one = getattr(parts["pooled"], part)
+        parts[part] = one.expand(len(parts["count"]), *one.shape)
+    return InputStats(**parts)

@@ -1,4 +1,4 @@
-"""The command line: `edgelab demo | compress | evaluate | export | info | doctor`.
+"""The command line: `edgelab demo | compress | evaluate | compare | export | info | doctor`.
 
 A thin view: each command reads its arguments, calls the pipeline and prints what it measured. Bad input ends with one
 sentence on stderr and exit code 2 (set EDGELAB_DEBUG=1 for the traceback); a check that failed ends with 1. torch is
@@ -80,6 +80,10 @@ def _guarded(command: Callable) -> Callable:
 Threads = Annotated[int, typer.Option("--threads", help="Threads for torch and numba; 0: all usable cores.", min=0)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the bootstrap and of the choice of documents.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is at --out.")]
+CalibrationData = Annotated[
+    str | None, typer.Option("--data", help="Text to calibrate on, as for evaluate; of it the calibration split. By default the corpus'.")
+]
+CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="At most so many tokens of it.", min=1)]
 MaxDocs = Annotated[int, typer.Option("--max-docs", help="Documents per domain; 0: all.", min=0)]
 
 
@@ -142,13 +146,15 @@ def _staged(out: Path):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _recipe(file: Path | None, scheme: str | None) -> Recipe:
+def _recipe(file: Path | None, scheme: str | None, method: str | None = None, activations: str | None = None) -> Recipe:
     if (file is None) == (scheme is None):
         raise ValueError(
             "give either --recipe FILE or --scheme such as int4-g32, " + ("not both" if file else "for it says how to compress")
         )
     if scheme is not None:
-        return Recipe.uniform(scheme)
+        return Recipe.uniform(scheme, method=method or "rtn", activations=activations)
+    if method or activations:
+        raise ValueError("--method and --activations go with --scheme; a recipe names its own")
     try:
         return Recipe.from_json(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -217,6 +223,16 @@ def _documents(source: str | None):
         return corpus()["test"]
     splits = from_source(source, label=Path(source).stem or "text")
     return datasets.concatenate_datasets([part for part in splits.values() if len(part)])
+
+
+def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int | None = None) -> list:
+    """Batches of calibration tokens: of the embedded corpus' calibration split, or of that of any other source."""
+    from edgelab.data import calibration_batches, corpus, from_source
+
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, and this recipe has to see text: put its files beside config.json")
+    splits = corpus() if source is None else from_source(source, label=Path(source).stem or "text")
+    return calibration_batches(tokenizer, splits["calibration"], tokens=tokens, context=context or 512)
 
 
 def _context(models: Iterable, asked: int | None) -> int:
@@ -411,8 +427,14 @@ def compress(
     out: Annotated[Path, typer.Option("--out", help="Folder to write the bundle to.")],
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A recipe as JSON.")] = None,
     scheme: Annotated[
-        str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, int3-g64.")
+        str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, uint4-g64, nf4-g64.")
     ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="How codes are found: rtn (default), hqq, gptq, autoround.")] = None,
+    activations: Annotated[
+        str | None, typer.Option("--activations", help="Round the layers' inputs too: a8-token, a8-tensor or a8-static.")
+    ] = None,
+    data: CalibrationData = None,
+    tokens: CalibrationTokens = 65_536,
     stream: Annotated[
         bool,
         typer.Option(
@@ -425,9 +447,9 @@ def compress(
     force: Force = False,
 ) -> None:
     """Store MODEL's weights in low bits and write a bundle that `AutoModelForCausalLM.from_pretrained` loads."""
-    chosen = _recipe(recipe, scheme)
+    chosen = _recipe(recipe, scheme, method, activations)
     _may_write(out, force, ours="edgelab.json", models=(model,))
-    _local_only(model)
+    _local_only(model, *([] if data is None else [data]))
     from edgelab.bundle import save_bundle, verify_bundle
     from edgelab.compress import compress as run
     from edgelab.model import load
@@ -442,7 +464,12 @@ def compress(
         _print_coverage(coverage_of(bundle), f"Coverage audit, recipe {chosen.digest}")
         out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
         return
-    result = run(load(model), chosen, inplace=True)
+    calibration = None
+    if not chosen.data_free:
+        calibration = _calibration(tokenizer, model, data, tokens)
+    result = run(load(model), chosen, calibration=calibration, inplace=True)
+    for remark in result.remarks:
+        err_console.print(f"Note: {remark}", markup=False, style="yellow", soft_wrap=True)
     bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole
     verify_bundle(bundle)
     _print_coverage(result.coverage, f"Coverage audit, recipe {chosen.digest}")
@@ -512,6 +539,67 @@ def evaluate(
         }
         path = page.write(out.with_suffix(".html"), "edgelab evaluation", ", ".join(names), page.standard_sections(report, facts=facts))
         out_console.print(f"report   {out}\npage     {path.resolve().as_uri()}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@_guarded
+def compare(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model in floating point, or its name on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the lines and the table; a comparison that was stopped goes on there.")],
+    methods: Annotated[
+        str, typer.Option("--methods", help="Comma-separated; `all` for all of them.")
+    ] = "rtn,mse,hqq,awq,gptq,gptq+autoround,best",
+    bits: Annotated[str, typer.Option("--bits", help="Comma-separated: 2, 3, 4, 8.")] = "4,3",
+    group: Annotated[int, typer.Option("--group", help="Weights that share a scale; schemes with an offset get twice as many.")] = 32,
+    recipe: Annotated[list[Path] | None, typer.Option("--recipe", help="A recipe of your own as JSON; may be given again.")] = None,
+    peers: Annotated[
+        str,
+        typer.Option("--peers", help="Other tools: `installed`, `none`, or names such as hqq,auto-round (python -m edgelab.peers list)."),
+    ] = "none",
+    data: Annotated[
+        str | None, typer.Option("--data", help="Text of your own, as for evaluate: calibrated and tested on its splits.")
+    ] = None,
+    tokens: CalibrationTokens = 65_536,
+    max_docs: MaxDocs = 100,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens of a window; 512, or the models' positions if fewer.", min=2)
+    ] = None,
+    threads: Threads = 0,
+    seed: Seed = 0,
+) -> None:
+    """One table of methods x bits, ours and other tools', on the same model, calibration tokens and test text.
+
+    Writes OUT/comparison.md, .tex, .html, .csv and .json.
+    """
+    from edgelab.compare import METHODS
+    from edgelab.compare import compare as run
+
+    try:
+        widths = [int(b) for b in bits.split(",")]
+    except ValueError:
+        raise ValueError(f"--bits {bits} must be numbers with commas between, such as 4,3") from None
+    own = {} if not recipe else {file.stem: _recipe(file, None) for file in recipe}
+    _local_only(model, *([] if data is None else [data]))
+    tokenizer = _one_tokenizer([model])
+    from edgelab import peers as tools
+    from edgelab.data import corpus, from_source
+
+    chosen = [] if peers == "none" else list(tools.environments()) if peers == "installed" else peers.split(",")
+    by_peer = {name: [tools.peer(name).methods[0]] for name in chosen}
+    splits = corpus() if data is None else from_source(data, label=Path(data).stem or "text")
+    n_threads = _threads(threads)
+    made = run(
+        model, tokenizer, splits["test"], _calibration(tokenizer, model, data, tokens, context),
+        methods=list(METHODS) if methods == "all" else methods.split(","), bits=widths, group=group, recipes=own, peers=by_peer,
+        out=out, max_docs=max_docs or None, context=context or 512, threads=n_threads, seed=seed,
+    )  # fmt: skip
+    _print_table(made.table(), f"Measured here, against the original, with 95 % intervals in brackets: {words.INTERVALS}")
+    for line in made.lines:
+        for note in line.notes:
+            out_console.print(f"{line.name}: {note}", markup=False, style="dim", soft_wrap=True)
+    if made.facts["left out"]:
+        out_console.print("left out: " + "; ".join(made.facts["left out"]), markup=False, soft_wrap=True)
+    out_console.print(f"table    {out / 'comparison.md'} (.tex, .html, .csv, .json)", markup=False, soft_wrap=True)
 
 
 def _with_int8(models: dict) -> dict:

@@ -61,13 +61,14 @@ METHODS: dict[str, tuple] = {
     "mxfp4": (lambda bits, group: "mxfp4-g32", lambda s: Recipe.body(s, method=Rtn(mse_grid=1))),
     "awq": (_affine, lambda s: Recipe.body(s, before=(Smooth("awq"),), method=Rtn(mse_grid=32, weighted=True))),
     "gptq": (_affine, lambda s: Recipe.body(s, method="gptq")),
+    "gptq-nf4": (lambda bits, group: f"nf4-g{group}", lambda s: Recipe.body(s, method="gptq")),
     "awq+gptq": (_affine, lambda s: Recipe.body(s, before=(Smooth("awq"),), method="gptq")),
     "rotate+gptq": (_affine, lambda s: Recipe.body(s, before=(Rotate(),), method="gptq")),
     "autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound())),
     "gptq+autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound(start="gptq"))),
     "best": (_affine, lambda s: Recipe.body(s, method=AutoRound(scope="model", start="gptq", steps=400))),
 }
-FOUR_BITS_ONLY = ("nf4", "mxfp4")
+FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "mxfp4")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _check_calibration(recipe: Recipe, calibration: Sequence[Tensor] | None) -> 
     if calibration is not None and not len(calibration):
         raise ValueError("calibration is empty; data.calibration_batches(tokenizer, corpus()['calibration']) makes it")
     for step in recipe.steps:
-        if calibration is None and (isinstance(step, Smooth) or (isinstance(step, Quantize) and not step.data_free)):
+        if calibration is None and not Recipe((step,)).data_free:
             what = "smooth" if isinstance(step, Smooth) else f"{step.method.name}" + (f", {step.activations}" if step.activations else "")
             raise ValueError(
                 f"the step {what!r} needs calibration data: pass calibration=data.calibration_batches(tokenizer, corpus()['calibration'])"

@@ -32,6 +32,7 @@ from edgelab.recipe import AutoRound, Gptq, Hqq, Method, Rtn
 from edgelab.scheme import QuantScheme
 
 _START_GRID = 32  # scales tried for the rounding that learning starts from
+_JUDGING = 0.125  # share of the calibration rows that learning does not see and that judge it
 Schemes = Mapping[str, QuantScheme]
 
 
@@ -191,25 +192,35 @@ def _starts(found: list[Weight], schemes: Schemes, method: AutoRound, stats: Map
     return {w.name: round_weight(w, schemes[w.name], start, stats.get(w.name)) for w in found}
 
 
+def _split(rows: list, seed: int) -> tuple[list, list]:
+    """(rows to learn from, rows to judge by), drawn; a single row is both."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held = max(1, round(_JUDGING * len(rows)))
+    return [rows[i] for i in order[held:]] or rows, [rows[i] for i in order[:held]]
+
+
 def _learn_block(model, item: BlockStats, found: list[Weight], stats, schemes: Schemes, method: AutoRound, progress: bool):
     """AutoRound's loss: mean squared error of the block's output, over rows of the calibration set drawn at random."""
-    rows = [(b, r) for b, x in enumerate(item.inputs) for r in range(len(x))]
+    rows, held = _split([(b, r) for b, x in enumerate(item.inputs) for r in range(len(x))], method.seed)
     rng = np.random.default_rng(method.seed)
     listed = {w.name: w for w in found}
 
-    def loss(values: dict[str, Tensor], step: int) -> Tensor:
-        chosen = rng.choice(len(rows), min(method.batch, len(rows)), replace=False)
+    def error(values: dict[str, Tensor], chosen: list[tuple[int, int]]) -> Tensor:
         total, count = 0.0, 0
         with substituted(model, listed, values):
-            for b in dict.fromkeys(rows[i][0] for i in chosen):  # rows of one batch share masks and positions
-                mine = [rows[i][1] for i in chosen if rows[i][0] == b]
-                error = item.forward(item.inputs[b][mine], b, mine).float() - item.outputs[b][mine].float()
-                total, count = total + error.square().sum(), count + error.numel()
+            for b in dict.fromkeys(b for b, _ in chosen):  # rows of one batch share masks and positions
+                mine = [r for batch, r in chosen if batch == b]
+                difference = item.forward(item.inputs[b][mine], b, mine).float() - item.outputs[b][mine].float()
+                total, count = total + difference.square().sum(), count + difference.numel()
         return total / count
 
+    def loss(values: dict[str, Tensor], step: int) -> Tensor:
+        return error(values, [rows[i] for i in rng.choice(len(rows), min(method.batch, len(rows)), replace=False)])
+
     start = _starts(found, schemes, method, stats)
+    settings = {"steps": method.steps, "lr": method.lr, "progress": progress, "judge": lambda values: float(error(values, held))}
     with _frozen(model):
-        return learn_rounding({w.name: w.tensor for w in found}, start, loss, steps=method.steps, lr=method.lr, progress=progress)
+        return learn_rounding({w.name: w.tensor for w in found}, start, loss, **settings)
 
 
 def _whole_model(model: nn.Module, schemes: Schemes, method: AutoRound, batches: Sequence[Tensor], progress: bool) -> list[str]:
@@ -223,23 +234,31 @@ def _whole_model(model: nn.Module, schemes: Schemes, method: AutoRound, batches:
             stats = {w.name: _usable(w, item, remarks) for w in weights(model) if w.name in item.stats}
             start |= _starts(found, schemes, method, {w.name: _of_expert(stats, w.name) for w in found})
     start |= _starts([w for name, w in listed.items() if name not in start], schemes, method, {})
-    rows = [row for ids in batches for row in ids]
+    rows, held = _split([row for ids in batches for row in ids], method.seed)
     rng = np.random.default_rng(method.seed)
     device = next(model.parameters()).device
 
-    def loss(values: dict[str, Tensor], step: int) -> Tensor:
-        length = len(rows[int(rng.integers(len(rows)))])
-        same = [i for i, row in enumerate(rows) if len(row) == length]
-        ids = torch.stack([rows[i] for i in rng.choice(same, min(method.batch, len(same)), replace=False)]).to(device)
+    def divergence(values: dict[str, Tensor], ids: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = torch.log_softmax(model(ids, use_cache=False).logits.float(), -1)
         with substituted(model, listed, values):
             got = torch.log_softmax(model(ids, use_cache=False).logits.float(), -1)
         return (wanted.exp() * (wanted - got)).sum(-1).mean()
 
+    def loss(values: dict[str, Tensor], step: int) -> Tensor:
+        length = len(rows[int(rng.integers(len(rows)))])
+        same = [i for i, row in enumerate(rows) if len(row) == length]
+        ids = torch.stack([rows[i] for i in rng.choice(same, min(method.batch, len(same)), replace=False)])
+        return divergence(values, ids.to(device))
+
+    def judge(values: dict[str, Tensor]) -> float:
+        each = [float(divergence(values, row[None].to(device))) * len(row) for row in held]
+        return sum(each) / sum(map(len, held))
+
     with _frozen(model):
         tensors = {name: w.tensor for name, w in listed.items()}
-        codes = learn_rounding(tensors, start, loss, steps=method.steps, lr=method.lr, optimizer="adam", progress=progress)
+        settings = {"steps": method.steps, "lr": method.lr, "optimizer": "adam", "progress": progress, "judge": judge}
+        codes = learn_rounding(tensors, start, loss, **settings)
     swapper = Swapper(model, weights(model))
     swapper.put(codes)
     swapper.finish()

@@ -274,6 +274,11 @@ class Recipe:
             embedding = QuantScheme.parse(embedding)
         return cls((Quantize((("@router", None), ("@embedding", embedding), ("*", scheme)), **settings),))
 
+    @property
+    def data_free(self) -> bool:
+        """Whether no step needs calibration data."""
+        return all(isinstance(s, Rotate) or getattr(s, "data_free", False) for s in self.steps)
+
     def to_json(self) -> str:
         return json.dumps({"format": 1, "steps": [s.to_dict() for s in self.steps]}, indent=1)
 

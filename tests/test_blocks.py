@@ -1,6 +1,7 @@
 """Block by block: against naive sums over whole forwards, with one block's statistics alive at a time."""
 
 import copy
+import gc
 import weakref
 
 import numpy as np
@@ -211,17 +212,43 @@ def test_eager_masks_are_recorded_too():
     torch.testing.assert_close(model.model.norm(head[1]), ref[2])
 
 
+def test_writing_a_block_leaves_nothing_behind(tmp_path, monkeypatch):
+    model, held = tiny("deepseek_v3"), []
+    from edgelab import blocks
+
+    plain = blocks._write
+
+    def write(file, item, key):
+        assert [r for r in held if r() is not None] == []
+        plain(file, item, key)
+        held.extend(weakref.ref(s.xx) for s in item.stats.values() if not is_shared(s.xx))
+
+    monkeypatch.setattr(blocks, "_write", write)
+    gc.collect()
+    gc.disable()  # a cycle of references would live until the collector comes round
+    try:
+        calibrate(model, BATCHES, store=tmp_path, progress=False)
+    finally:
+        gc.enable()
+    assert len(held) > 10
+
+
 def test_only_one_blocks_statistics_are_alive():
     model = tiny("deepseek_v3")
     before: list[weakref.ref] = []
     seen = 0
-    for item in walk(model, BATCHES, want=("xx",), progress=False):
-        assert [r for r in before if r() is not None] == []
-        own = {id(s.xx): s.xx for s in item.stats.values()}
-        assert own
-        before += [weakref.ref(t) for t in own.values()]
-        del own
-        seen += 1
+    gc.collect()
+    gc.disable()
+    try:
+        for item in walk(model, BATCHES, want=("xx",), progress=False):
+            assert [r for r in before if r() is not None] == []
+            own = {id(s.xx): s.xx for s in item.stats.values()}
+            assert own
+            before += [weakref.ref(t) for t in own.values()]
+            del own
+            seen += 1
+    finally:
+        gc.enable()
     assert seen == 3
 
 
