@@ -216,8 +216,11 @@ def _tie(model: nn.Module, placed: dict[str, list[Piece]]) -> None:
         if target in placed and source in placed:
             if _same(placed[target], placed[source]):
                 del placed[target]
-            else:
+            else:  # two weights, whatever the config says; the meta model was made with one
                 model.all_tied_weights_keys.pop(target)
+                module, _, parameter = target.rpartition(".")
+                apart = nn.Parameter(torch.empty_like(model.get_parameter(target)), requires_grad=False)
+                setattr(model.get_submodule(module), parameter, apart)
     absent = set(model.state_dict()) - set(placed)
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
 

@@ -83,14 +83,15 @@ class Tensor:
         if t not in self.costs:
             x = self.values.astype(np.float64)
             rounded = np.clip(np.rint(x * (TOP / t)), -TOP, TOP) * (t / TOP)
-            kl = self.curves["kl"]
+            kl = self.curves["kl"]  # infinite where the last bin kept is empty: the nearest candidate that is not
+            finite = np.flatnonzero(np.isfinite(kl.curve))
             with tapped(self.model, {self.name: rounding(t / TOP)}):
                 got = torch.log_softmax(self.model(self.text, use_cache=False).logits.float(), -1)
             self.costs[t] = Cost(
                 t,
                 float((np.abs(x) > t).mean()),
                 float(np.square(rounded - x).mean() / np.square(x).mean()),
-                float(kl.curve[np.argmin(np.abs(kl.candidates - t))]),
+                float(kl.curve[finite[np.argmin(np.abs(kl.candidates[finite] - t))]]),
                 float(token_kl(self._ref, got).double().mean()),
             )
         return self.costs[t]
@@ -129,6 +130,40 @@ class Tensor:
                     "share of all that are clipped, %": f"{100 * over[where].sum() / over.sum():.1f}",
                     "tokens concerned": f"{len(where)} of {same}",
                     "largest |x|": f"{np.abs(self.values[where]).max():.4g}",
+                }
+            )
+        return lines
+
+    @torch.no_grad()
+    def blame(self, tokenizer, t: float, kinds: int = 3) -> list[dict[str, str]]:
+        """Who suffers from clipping at `t` (without rounding): the model's KL when only some positions of the text are clipped.
+
+        The first position, the `kinds` of later tokens with the most values beyond `t`, all others, and all. For a plain linear.
+        """
+        first = torch.zeros_like(self.text, dtype=torch.bool)
+        first[:, 0] = True
+        over = torch.zeros(self.text.shape)
+        with tapped(self.model, {self.name: lambda x: (over.add_((x.abs() > t).sum(-1).reshape(over.shape)), x)[1]}):
+            self.model(self.text, use_cache=False)
+        tokens = self.text[~first].unique()
+        count = torch.stack([over[(self.text == v) & ~first].sum() for v in tokens])
+        groups = {"first position": first}
+        for v in tokens[count.topk(min(kinds, len(tokens))).indices]:
+            groups[f"{tokenizer.decode([int(v)])!r}, later"] = (self.text == v) & ~first
+        groups["all other positions"] = ~torch.stack(list(groups.values())).any(0)
+        groups["all"] = torch.ones_like(first)
+        lines = []
+        for name, mask in groups.items():
+            with tapped(self.model, {self.name: lambda x, mask=mask: torch.where(mask[..., None], x.clamp(-t, t), x)}):
+                got = torch.log_softmax(self.model(self.text, use_cache=False).logits.float(), -1)
+            kld = float(token_kl(self._ref, got).double().mean())
+            share, values = float(mask.float().mean()), int(over[mask].sum())
+            lines.append(
+                {
+                    "clipped only at": name,
+                    "share of the positions, %": f"{100 * share:.2f}",
+                    "values clipped": f"{values:,}",
+                    "KL of the model, nats per token (measured)": f"{kld:.3g}",
                 }
             )
         return lines

@@ -66,7 +66,7 @@ METHODS: dict[str, tuple] = {
     "rotate+gptq": (_affine, lambda s: Recipe.body(s, before=(Rotate(),), method="gptq")),
     "autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound())),
     "gptq+autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound(start="gptq"))),
-    "best": (_affine, lambda s: Recipe.body(s, method=AutoRound(scope="model", start="gptq", steps=400))),
+    "best": (_affine, lambda s: Recipe.body(s, method=AutoRound(scope="model", start="gptq", steps=300, lr=0.003))),
 }
 FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "mxfp4")
 

@@ -8,7 +8,10 @@ a quadratic form of the error d of the weights,
 
 (Fisher information). Its blocks on the diagonal are what single weights cost; the blocks beside it vanish on average,
 since rounding errors of different weights are close to independent. So single losses add up, as long as they are small:
-`additivity` measures how well for a given choice. At 2 bits errors are large and the sum is no more than a guide.
+`additivity` measures how well for a given choice. At 2 bits errors are large and the sum is no more than a guide. In a
+mixture the smallest error flips some choices of experts; what that costs grows with |d| rather than d^2, the diagonal of F
+does not see it (it knows single experts' shares better than their level), and flips of several weights overlap: on the
+embedded MoE at int3-g32 the loss of all weights at once was 0.51 of the sum of the single ones. The order stays useful.
 
 A block of the decoder changes nothing before it: the passes for a weight of block i start there, from the hidden states
 that the block before gave, which are kept for one block at a time. That this model allows it is checked, not assumed.

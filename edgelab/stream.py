@@ -535,8 +535,8 @@ class _Run:
         copy, (piece,) = block.of, block.pieces
         s = piece.stored
         rows = memory.read(files, piece)
-        if copy.parameter and s.dtype in _FORM and (broken := count_broken(rows, _FORM[s.dtype])):
-            raise self._broken(block, broken)
+        if copy.parameter and s.dtype in _FORM and count_broken(rows, _FORM[s.dtype]):
+            raise self._broken(block, files, memory)
         target, bits = DTYPES[copy.dtype]
         if copy.dtype != s.dtype:
             wide = torch.from_numpy(rows).view(DTYPES[s.dtype][0])
@@ -561,7 +561,7 @@ class _Run:
                 quantize_rows(rows, form, scheme.bits, n // groups, NO_SCALE, packed[part], scales[part], found)
             scales_at = block.first * groups * 2
         if found[0]:
-            raise self._broken(block, int(found[0]))
+            raise self._broken(block, files, memory)
         if found[1]:
             raise ValueError(f"{w.name}: a weight needs a scale above float16's 65504 at {scheme.bits} bits; rescale the weight")
         if found[2]:
@@ -573,8 +573,8 @@ class _Run:
     def _by_torch(self, block: _Block, files: "_Files", memory: "_Memory") -> list[tuple[_Place, int, memoryview]]:
         w, parts = block.of, []
         for rows, _, form in self._sources(block, files, memory):
-            if broken := count_broken(rows, form):
-                raise self._broken(block, broken)
+            if count_broken(rows, form):
+                raise self._broken(block, files, memory)
             parts.append(torch.from_numpy(rows).view((torch.bfloat16, torch.float16, torch.float32)[form]).float())
         try:
             q = _round(torch.cat(parts), w.scheme, w.step.method, w.name)
@@ -592,7 +592,7 @@ class _Run:
         for rows, _, form in self._sources(block, files, memory):
             top = largest_of_rows(rows, form, top)
         if not np.isfinite(top):
-            found[0] = sum(count_broken(rows, form) for rows, _, form in self._sources(block, files, memory))
+            found[0] = 1
             return np.empty(1, np.float16)
         scale = scale_of(top, bits)
         found[1] += np.isinf(scale)
@@ -614,11 +614,15 @@ class _Run:
                 part = Piece(piece.first + r, piece.stored, piece.start + r, min(step, piece.rows - r))
                 yield memory.read(files, part), part.first, _FORM[piece.stored.dtype]
 
-    def _broken(self, block: _Block, count: int) -> ValueError:
-        s = block.pieces[0].stored
+    def _broken(self, block: _Block, files: "_Files", memory: "_Memory") -> ValueError:
+        """The error that names the first stored tensor of the block that holds NaN or infinity."""
+        for piece in block.pieces:
+            if count := count_broken(memory.read(files, piece), _FORM[piece.stored.dtype]):
+                break
+        s = piece.stored
         return ValueError(
-            f"{block.of.name} holds {count} NaN or infinite values near row {block.first} (tensor {s.name} of {s.file.name}): "
-            "the checkpoint is broken; download it again or repair it"
+            f"{block.of.name} holds {count} NaN or infinite values (tensor {s.name} of {s.file.name}, rows {piece.start} to "
+            f"{piece.start + piece.rows - 1}): the checkpoint is broken; download it again or repair it"
         )
 
 

@@ -122,7 +122,7 @@ def test_where_a_rare_huge_input_carries_meaning_kl_is_not_chosen():
         model.model.embed_tokens.weight[5, 0] = 4.0  # the token "5" is one large channel
         model.model.embed_tokens.weight[[i for i in range(96) if i != 5], 0] = 0
         for gate_or_up in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
-            gate_or_up.weight *= 3
+            gate_or_up.weight *= 9  # the others reach beyond a sixteenth of it, the least threshold that KL considers
             gate_or_up.weight[:, 0] = 0
             gate_or_up.weight[7] = 0
             gate_or_up.weight[7, 0] = 3.0  # which inner channel 7 multiplies with itself: about (3 * 5.7)**2
@@ -136,7 +136,7 @@ def test_where_a_rare_huge_input_carries_meaning_kl_is_not_chosen():
     best = static_ranges(model, stats, batches, progress=False)
     name = "model.layers.1.mlp.down_proj"
     by_rule, effects = best.ranges[name], best.effects[name]
-    assert by_rule["max"].threshold > 100 and by_rule["kl"].threshold < 0.2 * by_rule["max"].threshold
+    assert by_rule["max"].threshold > 100 and by_rule["kl"].threshold < 0.5 * by_rule["max"].threshold
     assert effects["kl"] > 3 * effects["max"] and best.rules[name] != "kl"
 
 
@@ -258,11 +258,13 @@ def test_expert_products_in_integers_are_those_of_the_rounded_numbers():
     layer.round_input_of("gate_up_proj", STATIC, 0.02)
     layer.round_input_of("down_proj", STATIC, 0.05)
     out = kernels(layer, lambda: layer(x, index, gates))
-    assert layer._integer("gate_up_proj", "down_proj") and out["torch"].abs().max() > 0.1
+    assert out["torch"].abs().max() > 0.1
     for name in ("numba", "numba-int8"):
         # gate_up's rounding errors of 1e-7 may carry an input of down over the edge between two codes: rarely, and by one step
         away = (out[name] - out["torch"]).abs()
         assert away.median() < 1e-6 and (away > 1e-5).float().mean() < 0.05, name
+    layer.kernel = "numba-int8"
+    assert layer._integer("gate_up_proj", "down_proj")
 
 
 def test_clipped_inputs_are_clipped_in_integers_too():

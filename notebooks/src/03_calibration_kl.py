@@ -10,7 +10,7 @@
 # 1. work out TensorRT's entropy calibration by hand,
 # 2. say what *max*, *percentile*, *squared error* and *KL* each keep and give up,
 # 3. read from a threshold its step, what it clips, and what it does to the model's next word,
-# 4. find the activations that carry meaning, and say which tokens they belong to,
+# 4. find out whose values are clipped, and whose clipping does the harm,
 # 5. let the measured effect choose a rule for each tensor, and judge static 8-bit models with it,
 # 6. say what smoothing changes about all this.
 #
@@ -70,7 +70,7 @@ display(Markdown(sentence))
 # **Answer.** Nearly 40 times.
 #
 # **Explain.** The layer multiplies act(gate) × up, and a product of two roughly normal numbers has a heavy tail. If the
-# largest value sets the step, half of all values lie below a fifth of one step: to int8 they are zero. If we cut the tail, the
+# largest value sets the step, half of all values lie below a third of one step: to int8 they are zero. If we cut the tail, the
 # step is finer and the largest values are wrong. Four rules weigh the two, and the marks show that they do not agree.
 
 # %% [markdown]
@@ -160,28 +160,31 @@ print(f"least: {best.kld:.3g} nats at {best.threshold:.3g}, {best.threshold / te
 assert best.kld < tensor.at(tensor.ranges["kl"].threshold).kld / 3
 
 # %% [markdown]
-# **Answer.** It turns where hardly anything is clipped: at two thirds of the maximum or so. KL's threshold lies far to the left
-# of it, on the steep side.
+# **Answer.** It turns where hardly anything is clipped, at about four fifths of the maximum and one value in 17,000. KL's threshold
+# lies far to the left, on the steep side.
 
 # %% [markdown]
 # ## 5. Where KL ruins a language model
 #
-# **Predict.** Whose values does KL's threshold cut: those of rare words, of all words alike, or of something else?
+# KL's threshold clips one value in 400. **Predict.** Whose: those of the first position, to which all others attend
+# when they look for nothing (an *attention sink*), those of a few kinds of tokens, or everybody's? And whose clipping hurts?
 
 # %%
 cut = tensor.ranges["kl"].threshold
-display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, cut))))
-between = tensor.ranges["percentile"].threshold
-print(f"beyond the percentile's {between:.4g}:")
-display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, between, most=3))))
+print(f"the tokens with most values beyond {cut:.4g}, in the calibration text:")
+display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, cut, most=6))))
+print("and the model's divergence when only some positions are clipped (and nothing is rounded):")
+display(Markdown(words.markdown(tensor.blame(tokenizer, cut))))
 
 # %% [markdown]
-# **Answer.** Those of few kinds of tokens, first of all the one that begins every text.
+# **Answer.** Nearly everybody's. The first position does harm far beyond its share, and the most is done by all others together.
 #
-# **Explain.** The first position of every text has the same huge values in this layer: a *massive activation*. Attention needs
-# a place to look at when it looks for nothing, and the model has made the first token that place (an attention sink; Sun et al.
-# 2024, arXiv 2402.17762; Xiao et al. 2023, arXiv 2309.17453). One position in 256 is rare enough for KL to give it up, and
-# all other positions attend to it. Rare, huge and meaningful: that is what a histogram cannot tell.
+# **Explain.** The first position has the largest values of all in this layer: a *massive activation*, as found in large models
+# (Sun et al. 2024, arXiv 2402.17762). There it is the main suspect; here it is convicted of a small part only, and we would not
+# have known without clipping each group alone. The rest is the nature of the layer: act(gate) × up is near zero unless
+# a neuron has something to say, and then it is large. Each such value is rare, and nearly every token has one, at another
+# neuron: every "=" and every "+" does. In the table of section 3 the clipped values are a quarter of a per cent of all and hold
+# a sixth of the squared size. Rare, large and meaningful: that is what a count of values cannot tell.
 #
 # Now all tensors, each rounded alone: the effect is the squared error of its decoder block's output over the output's squared size,
 # averaged over tokens.
@@ -222,8 +225,7 @@ right = {name: report.get(model=name, metric="exact_match", slice="arithmetic").
 assert right["kl"] < right["best"], "KL did no harm: is this another model?"
 
 # %% [markdown]
-# **Answer.** All but KL. It loses sums outright: digits have an activation of several hundred in the last layer's shared expert,
-# and KL cuts it off.
+# **Answer.** All but KL, which loses about one sum in four. The tokens of a sum, digits, "+" and "=", were among those most clipped.
 #
 # **Explain.** Between fp and "weights only" lies what int8 weights cost, next to nothing. "Per token" takes the step from each
 # token's own largest value, which a static scheme cannot: the outlier of one token no longer coarsens the others. That is
@@ -263,8 +265,8 @@ assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(kld
 # **Answer.** No. The other rules come close to one another, since there is little left to clip, and lose several times
 # less than before; KL still clips.
 #
-# **Explain.** Smoothing takes away differences between channels, not between tokens, and the first token is still as rare and as
-# important. With outliers planted in a few channels every single range fails: a wide one rounds all other channels to nothing, a narrow
+# **Explain.** Smoothing takes away differences between channels, not between tokens: what a neuron says is still rare and still
+# large. With outliers planted in a few channels every single range fails: a wide one rounds all other channels to nothing, a narrow
 # one clips what matters.
 #
 # When *does* KL help? Where values are many, alike and none of them matters alone: in many of the tensors above it is
@@ -318,6 +320,6 @@ print(clip_lab.check_costs(error_of_clipping, error_of_keeping))
 # small = compress(model, recipe, calibration=batches)      # batches of your own text
 # ```
 #
-# Larger models have larger outliers: look at `down_proj` and at the first position first. If the best static model loses too much,
+# Larger models have larger outliers: look at `down_proj`, and at the first position. If the best static model loses too much,
 # smooth before (`Smooth`), or let each token have its own scale (`activations="a8-token"`), which costs a pass over the
 # inputs at run time and needs no calibration at all.
