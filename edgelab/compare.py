@@ -50,6 +50,7 @@ def _offset(bits: int, group: int) -> str:
     return f"uint{bits}-g{2 * group}"
 
 
+BEST = AutoRound(scope="model", start="gptq", steps=300, lr=0.003)
 # {method: (its scheme for so many bits and a group, its recipe for that scheme)}
 METHODS: dict[str, tuple] = {
     "rtn": (_affine, lambda s: Recipe.body(s)),
@@ -66,9 +67,10 @@ METHODS: dict[str, tuple] = {
     "rotate+gptq": (_affine, lambda s: Recipe.body(s, before=(Rotate(),), method="gptq")),
     "autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound())),
     "gptq+autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound(start="gptq"))),
-    "best": (_affine, lambda s: Recipe.body(s, method=AutoRound(scope="model", start="gptq", steps=300, lr=0.003))),
+    "best": (_affine, lambda s: Recipe.body(s, method=BEST)),
+    "best-nf4": (lambda bits, group: f"nf4-g{group}", lambda s: Recipe.body(s, method=BEST)),
 }
-FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "mxfp4")
+FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "best-nf4", "mxfp4")
 
 
 @dataclass(frozen=True)

@@ -216,10 +216,8 @@ def _plan_quantize(model: nn.Module, every: list[Weight], step: Quantize) -> dic
         if isinstance(step.method, Hqq) and not scheme.asymmetric:
             raise ValueError(f"{w.name}: hqq finds offsets, and {scheme} has none; use u{scheme}" if scheme.codebook == "int" else
                              f"{w.name}: hqq finds offsets, and {scheme} has none; use uint4-g64")  # fmt: skip
-        if isinstance(step.method, AutoRound) and not scheme.affine:
-            raise ValueError(
-                f"{w.name}: autoround learns even steps, and {scheme} has a table of levels; use int or uint, or another method"
-            )
+        if isinstance(step.method, AutoRound) and scheme.codebook == "mxfp":
+            raise ValueError(f"{w.name}: autoround moves scales in small steps, and those of {scheme} are powers of two; use rtn or gptq")
         other = next((o for o in listed if o.module_name == w.module_name and o.name not in covered), None)
         if other:
             raise ValueError(f"{w.name} gets {scheme} but {other.name} none; both stacks of an expert module are quantized together")

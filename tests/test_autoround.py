@@ -12,7 +12,7 @@ from edgelab.methods.gptq import gptq
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.scheme import QuantScheme
 
-SCHEMES = ("int4-g32", "int3-g8", "int2-row", "int8-row", "uint3-g16", "uint4-row", "int4-tensor")
+SCHEMES = ("int4-g32", "int3-g8", "int2-row", "int8-row", "uint3-g16", "uint4-row", "int4-tensor", "nf4-g32", "fp4-g32")
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -42,7 +42,7 @@ def test_gradients_pass_straight_through():
 
 
 @pytest.mark.parametrize("optimizer", ["sign", "adam"])
-@pytest.mark.parametrize("text", ["int3-g32", "uint3-g32"])
+@pytest.mark.parametrize("text", ["int3-g32", "uint3-g32", "nf4-g32"])
 def test_it_lowers_the_error_of_what_the_layer_puts_out(text, optimizer):
     torch.manual_seed(0)
     weight, scheme = torch.randn(48, 64), QuantScheme.parse(text)
@@ -97,8 +97,8 @@ def test_an_all_zero_group_stays_zero():
 def test_what_can_not_be_learnt_is_refused():
     weight = torch.randn(4, 32)
     start = round_to_nearest(weight, QuantScheme.parse("int4-g32"))
-    with pytest.raises(ValueError, match="has a table of levels"):
-        Learnt(weight, round_to_nearest(weight, QuantScheme.parse("nf4-g32")))
+    with pytest.raises(ValueError, match="powers of two"):
+        Learnt(weight, round_to_nearest(weight, QuantScheme.parse("mxfp4-g32")))
     with pytest.raises(ValueError, match=re.escape("steps=0, lr=0.005: both must be positive")):
         learn_rounding({"w": weight}, {"w": start}, lambda n, _: n["w"].sum(), steps=0)
     with pytest.raises(ValueError, match="optimizer='sgd' is not known"):

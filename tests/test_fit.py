@@ -144,7 +144,7 @@ def test_recipes_that_make_no_sense_are_refused_before_any_work():
         (Recipe.body("int8-row", activations="a8-static"), "the step 'rtn, a8-static' needs calibration data"),
         (Recipe((*Recipe.body("int4-row").steps, Rotate())), "comes after a Quantize step"),
         (Recipe.body("int4-row", method="hqq"), "hqq finds offsets, and int4-row has none; use uint4-row"),
-        (Recipe.body("nf4-row", method="autoround"), "autoround learns even steps"),
+        (Recipe.body("mxfp4-g32", method="autoround"), "autoround moves scales in small steps"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             compress(model, recipe, progress=False)

@@ -4,7 +4,10 @@ With w a weight, s its group's scale and h the code of zero, a rounded weight is
 
     w^ = s * (clip(round(w / s + V), -h, h - 1)),    V in [-1/2, 1/2],    s = m * s_0,    m in [1/2, 3/2]
 
-V decides which way each weight is rounded, m how wide the range is. Rounding passes the gradient straight through.
+V decides which way each weight is rounded, m how wide the range is. Rounding passes the gradient straight through. With a
+table of levels (NF4) the same is done on the number of the level: w / s lies between two of them, at a broken number p in
+proportion; round(p + V) is rounded to, and the gradient is that of the broken line through the levels.
+
 "sign": both move by the sign of their gradient, V by `lr` and m by a tenth of it, falling to 0 in a line: in 200 steps of
 1/200 each weight can go half a step of its grid and back (Cheng et al. 2023, arXiv 2309.05516, section 3 and algorithm 1).
 "adam": by Adam's step of the same size, so that a weight whose gradient only is noise stays where it is.
@@ -57,21 +60,25 @@ class Learnt(nn.Module):
     def __init__(self, weight: Tensor, start: QTensor) -> None:
         super().__init__()
         scheme, device = start.scheme, weight.device
-        if not scheme.affine:
-            raise ValueError(f"{scheme} has a table of levels; rounding is learnt for int and uint schemes: use the method 'rtn' or 'gptq'")
+        if scheme.scale_dtype != np.float16:
+            raise ValueError(
+                f"{scheme} has scales that are powers of two, which can't be learnt in small steps: use the method 'rtn' or 'gptq'"
+            )
         self.scheme, self.shape = scheme, tuple(weight.shape)
-        self.low = 0 if scheme.asymmetric else -scheme.zero_point
-        self.high = self.low + scheme.levels - 1
+        order = np.argsort(scheme.table, kind="stable")  # the codes, by what they stand for
+        self.register_buffer("levels", torch.tensor(scheme.table[order], device=device))
+        self.register_buffer("code_of", torch.tensor(order.astype(np.uint8), device=device))
+        rank_of = torch.tensor(np.argsort(order, kind="stable").astype(np.float32), device=device)
         scale = self._groups(torch.from_numpy(start.scale_values()).to(device).expand(*self.shape[:-1], start.scales.shape[-1]), 1)
         offset = torch.zeros_like(scale)
         if start.offsets is not None:
             stored = torch.from_numpy(start.offsets.astype(np.float32)).to(device)
             offset = self._groups(stored.expand(*self.shape[:-1], start.offsets.shape[-1]), 1)
-        codes = self._groups(torch.from_numpy(start.codes()).to(device).float(), 0) + self.low
+        rank = rank_of[self._groups(torch.from_numpy(start.codes()).to(device).long(), 0)]
         safe = torch.where(scale == 0, 1.0, scale)
-        away = (self._groups(weight.detach().float(), 0) - offset) / safe - codes
-        place = codes + torch.where(away.abs() > 0.5, away.sign() * _INSIDE, away.clamp(-0.49, 0.49))
-        self.register_buffer("wide", place * scale)  # the weight without its offset, moved into the intervals of the codes
+        away = self._rank((self._groups(weight.detach().float(), 0) - offset) / safe) - rank
+        place = rank + torch.where(away.abs() > 0.5, away.sign() * _INSIDE, away.clamp(-0.49, 0.49))
+        self.register_buffer("wide", self._level(place) * scale)  # the weight without its offset, moved into the intervals of the codes
         self.register_buffer("scale", scale)  # [..., out, groups, 1]
         self.register_buffer("offset", offset)
         self.shift = nn.Parameter(torch.zeros_like(place))  # V
@@ -88,14 +95,32 @@ class Learnt(nn.Module):
         """[..., rows, groups, 1] of [..., out, groups, 1]: rows is 1 where a matrix shares a scale."""
         return scale[..., : self.scheme.scales_shape(self.shape)[-2], :, :]
 
-    def _parts(self) -> tuple[Tensor, Tensor]:
-        """(level of each code [..., out, groups, size], scale [..., rows, groups, 1] as float16 will hold it)."""
+    def _rank(self, value: Tensor) -> Tensor:
+        """The number of the level of `value`, broken where it lies between two; beyond the ends the line goes on."""
+        if self.scheme.affine:
+            return value - self.levels[0]
+        below = torch.bucketize(value.detach(), self.levels[1:-1])
+        return below + (value - self.levels[below]) / (self.levels[below + 1] - self.levels[below])
+
+    def _level(self, rank: Tensor) -> Tensor:
+        """The broken line through the levels: the inverse of `_rank`."""
+        if self.scheme.affine:
+            return rank + self.levels[0]
+        below = rank.detach().floor().clamp(0, len(self.levels) - 2).long()
+        return self.levels[below] + (rank - below) * (self.levels[below + 1] - self.levels[below])
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rank of each code [..., out, groups, size], what it stands for, scale [..., rows, groups, 1] as float16 will hold it)."""
         scale = _through(self._stored_scale(self.scale) * self.factor, lambda v: v.half().float())
-        place = self.wide / torch.where(scale == 0, 1.0, scale) + self.shift
-        return _through(place.clamp(self.low - 0.49, self.high + 0.49), torch.round), scale
+        place = self._rank(self.wide / torch.where(scale == 0, 1.0, scale)) + self.shift
+        place = place.clamp(-0.49, len(self.levels) - 0.51)
+        rank = place.detach().round()
+        soft = self._level(place)
+        level = soft + (self._level(rank) - soft).detach()
+        return rank, level, scale
 
     def forward(self) -> Tensor:
-        level, scale = self._parts()
+        _, level, scale = self._parts()
         return (level * scale + self.offset).reshape(self.shape)
 
     @torch.no_grad()
@@ -114,8 +139,8 @@ class Learnt(nn.Module):
     @torch.no_grad()
     def qtensor(self) -> QTensor:
         """The codes and scales as they are now."""
-        level, scale = self._parts()
-        codes = (level - self.low).reshape(self.shape).to(torch.uint8).cpu().numpy()
+        rank, _, scale = self._parts()
+        codes = self.code_of[rank.long()].reshape(self.shape).cpu().numpy()
         offsets = self._stored_scale(self.offset)[..., 0].cpu().numpy() if self.scheme.asymmetric else None
         return QTensor.from_codes(codes, scale[..., 0].cpu().numpy(), self.scheme, offsets)
 
@@ -141,8 +166,7 @@ def learn_rounding(
     `judge(rounded weights)` says how good a state is (less is better), before the first step and after each tenth of them;
     the best is kept. Without a judge it is the last.
 
-    Raises FloatingPointError when the loss is NaN or infinite, ValueError for a codebook with a table of levels and for
-    settings that are no positive numbers.
+    Raises FloatingPointError when the loss is NaN or infinite, ValueError for MXFP4 and for settings that are no positive numbers.
     """
     if steps < 1 or lr <= 0:
         raise ValueError(f"steps={steps}, lr={lr}: both must be positive; 200 and 1/200 are the paper's")
