@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench notebooks pretrain lint format clean
+.PHONY: help demo test lab bench notebooks compare peers pretrain lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -34,6 +34,13 @@ bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this ma
 
 notebooks: $(VENV)/.lab-export ## write notebooks/*.ipynb from notebooks/src and execute them
 	@$(BIN)/python notebooks/build.py $(ARGS)
+
+compare: $(VENV)/.test-lab-export-bnb ## the table of methods x bits on both embedded models, with the peers that are installed
+	@$(BIN)/edgelab compare data/edge-dense --methods all --peers installed --out runs/compare-dense $(ARGS)
+	@$(BIN)/edgelab compare data/edge-moe --methods all --peers installed --out runs/compare-moe $(ARGS)
+
+peers: $(VENV)/.core ## install the other tools to compare with, each in .peers/<name> (gigabytes; ARGS="auto-round hqq" chooses)
+	@$(BIN)/python -m edgelab.peers install $(ARGS)
 
 # torch.compile wants a C++ compiler; without one training is slower, not impossible
 COMPILE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),,--no-compile)

@@ -547,8 +547,8 @@ def compare(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model in floating point, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the lines and the table; a comparison that was stopped goes on there.")],
     methods: Annotated[
-        str, typer.Option("--methods", help="Comma-separated; `all` for all of them.")
-    ] = "rtn,mse,hqq,awq,gptq,gptq+autoround,best",
+        str, typer.Option("--methods", help="Comma-separated; `all` for all, also those that learn for minutes (autoround, best).")
+    ] = "rtn,mse,hqq,nf4,awq,gptq",
     bits: Annotated[str, typer.Option("--bits", help="Comma-separated: 2, 3, 4, 8.")] = "4,3",
     group: Annotated[int, typer.Option("--group", help="Weights that share a scale; schemes with an offset get twice as many.")] = 32,
     recipe: Annotated[list[Path] | None, typer.Option("--recipe", help="A recipe of your own as JSON; may be given again.")] = None,

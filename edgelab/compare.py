@@ -50,7 +50,7 @@ def _offset(bits: int, group: int) -> str:
     return f"uint{bits}-g{2 * group}"
 
 
-BEST = AutoRound(scope="model", start="gptq", steps=300, lr=0.003)
+BEST = AutoRound(scope="model", start="gptq", steps=300, batch=4, lr=0.003)
 # {method: (its scheme for so many bits and a group, its recipe for that scheme)}
 METHODS: dict[str, tuple] = {
     "rtn": (_affine, lambda s: Recipe.body(s)),
@@ -230,7 +230,7 @@ def compare(
     data,
     calibration: Sequence[Tensor],
     *,
-    methods: Iterable[str] = ("rtn", "mse", "hqq", "awq", "gptq", "gptq+autoround", "best"),
+    methods: Iterable[str] = ("rtn", "mse", "hqq", "nf4", "awq", "gptq"),
     bits: Iterable[int] = (4, 3),
     group: int = 32,
     recipes: Mapping[str, Recipe] | None = None,

@@ -258,7 +258,7 @@ def _check_expert_rule(model: nn.Module, listed: list[Weight], step: Quantize, i
 def _smooth(model: nn.Module, step: Smooth, following: Quantize | None, calibration: Sequence[Tensor], progress: bool) -> None:
     stats = calibrate(model, calibration, want=("xx",) if step.method == "awq" else (), progress=progress)
     if step.method == "smoothquant":
-        smooth(model, stats, alpha=step.alpha)
+        smooth(model, stats, alpha=step.alpha, pairs=step.pairs)
         return
     if following is None:
         raise ValueError("Smooth('awq') searches what the next Quantize step loses least with, and none follows; use 'smoothquant'")

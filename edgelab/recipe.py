@@ -198,11 +198,13 @@ class Smooth:
 
     "smoothquant": max|x|^alpha / max|w|^(1 - alpha) (arXiv 2211.10438, equation 4). "awq": mean|x|^a, with the a of
     `grid` that leaves the least error after rounding as the next `Quantize` step says (arXiv 2306.00978, equation 5).
+    `pairs`: smoothquant also moves scale between up and down, and between values and output, as awq always does.
     """
 
     method: str = "smoothquant"
     alpha: float = 0.5
     grid: int = 20
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in ("smoothquant", "awq"):

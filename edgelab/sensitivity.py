@@ -9,9 +9,11 @@ a quadratic form of the error d of the weights,
 (Fisher information). Its blocks on the diagonal are what single weights cost; the blocks beside it vanish on average,
 since rounding errors of different weights are close to independent. So single losses add up, as long as they are small:
 `additivity` measures how well for a given choice. At 2 bits errors are large and the sum is no more than a guide. In a
-mixture the smallest error flips some choices of experts; what that costs grows with |d| rather than d^2, the diagonal of F
-does not see it (it knows single experts' shares better than their level), and flips of several weights overlap: on the
-embedded MoE at int3-g32 the loss of all weights at once was 0.51 of the sum of the single ones. The order stays useful.
+mixture the smallest error flips some choices of experts; what that costs grows with |d| rather than d^2, and the flips of
+several weights overlap. On the embedded MoE with all of the body at int3-g32 the loss was 0.51 of the sum of the single
+measured ones, and 2.2 times what the diagonal of F (below) says, which knows nothing of flips. Yet choices made by either
+were alike in quality: 0.101 nats per token by measured losses, 0.081 to 0.097 by the diagonal, 0.177 for int3-g32 throughout,
+at the same bytes. So "fisher" is the cheap way (13 s against 6 minutes of one core), "kld" the one that measures.
 
 A block of the decoder changes nothing before it: the passes for a weight of block i start there, from the hidden states
 that the block before gave, which are kept for one block at a time. That this model allows it is checked, not assumed.

@@ -54,6 +54,7 @@ from edgelab.recipe import Hqq, Method, Quantize, Recipe, Rtn
 from edgelab.scheme import PerTensor, QuantScheme
 
 BLOCK_BYTES = 2 * 2**20  # of a source that a thread takes at a time: in cache, and long beside the calls around it
+AHEAD = 32  # blocks that the kernel is told of before they are read: pieces of experts do not lie in the order in which they are stacked
 _HASH_BYTES = 4 * 2**20
 _SPARE = 64 * 2**20  # bytes of disk that are left free besides what is predicted
 _ORDER = ("I64", "F32", "I32", "BF16", "F16", "U8", "BOOL")  # wider first: how safetensors lays out a file, and by name among equals
@@ -445,14 +446,14 @@ class _Run:
             for i in {p.chunk for p in b.of.places} & open_chunks:
                 self._work.chunks[i].left += 1
         self._open = open_chunks
-        todo = iter(blocks)
+        self._todo = enumerate(blocks)
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the threads are ours; each would start as many again
         bar = tqdm(total=sum(b.nbytes for b in blocks), desc="compress", unit="B", unit_scale=True, disable=not self._progress)
         try:
             with bar, ThreadPoolExecutor(1) as self._closer, ThreadPoolExecutor(self._threads) as workers:
                 closing = [self._closer.submit(self._close, self._work.chunks[i]) for i in open_chunks if not self._work.chunks[i].left]
-                running = [workers.submit(self._take, todo, bar) for _ in range(self._threads)]
+                running = [workers.submit(self._take, blocks, bar) for _ in range(self._threads)]
                 try:
                     closing += [closed for worker in running for closed in worker.result()]
                     for closed in closing:
@@ -472,15 +473,17 @@ class _Run:
                 stacklevel=3,
             )
 
-    def _take(self, todo: Iterator[_Block], bar) -> list:
+    def _take(self, blocks: list[_Block], bar) -> list:
         """What a thread does: block after block, until none is left or one has failed."""
         files, memory, closing = _Files(), _Memory(), []
         try:
             while not self._failed:
                 with self._lock:
-                    block = next(todo, None)
+                    i, block = next(self._todo, (0, None))
                 if block is None:
                     break
+                for coming in blocks[i + AHEAD : i + AHEAD + 1] if i else blocks[1 : 1 + AHEAD]:
+                    files.expect(coming)
                 outputs = self._copy(block, files, memory) if isinstance(block.of, _Copy) else self._quantize(block, files, memory)
                 for place, at, data in outputs:
                     if place.chunk in self._open:
@@ -646,6 +649,12 @@ class _Files:
         if file not in self._open:
             self._open[file] = os.open(file, os.O_RDONLY)
         return self._open[file]
+
+    def expect(self, block: _Block) -> None:
+        """Have the kernel read the block in the background. A disk of 300 MB/s gave half of that without."""
+        for piece in block.pieces if hasattr(os, "posix_fadvise") else ():
+            s = piece.stored
+            os.posix_fadvise(self.fd(s.file), s.begin + piece.start * s.row_bytes, piece.rows * s.row_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for fd in self._open.values():

@@ -51,7 +51,7 @@ FLOORS = [
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
     | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
     | {"stream", "checkpoint"},
-    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "tile_picture", "doctor", "explorer", "cli"},
+    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}
@@ -281,7 +281,7 @@ def test_make_clean_leaves_what_is_the_users():
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     from edgelab import layers, set_threads
 
-    example, kernels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    example, methods, kernels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "max_docs=8" in example
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -289,6 +289,9 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert names["small"].coverage.expert_share == 1.0
     assert names["report"].models() == ["fp", "int4"]
     assert (tmp_path / "runs" / "edge-moe-int4" / "edgelab.json").is_file()
+    assert "tokens=8192" in methods
+    exec(compile(methods.replace("tokens=8192", "tokens=1024"), "README.md", "exec"), names)
+    assert names["small3"].coverage.expert_share == 1.0 and "int3-g32" in {r.scheme for r in names["small3"].coverage}
     before = layers.set_kernel("numba")
     try:
         exec(compile(kernels, "README.md", "exec"), names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_model import CONFIGS, IDS, tiny
 
-from edgelab import Recipe, layers
+from edgelab import Quantize, Recipe, layers
 from edgelab.blocks import calibrate
 from edgelab.compress import compress
 from edgelab.layers import QExperts, QLinear, round_inputs
@@ -14,6 +14,7 @@ from edgelab.methods.clip import RULES
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.model import dequantize, weights
 from edgelab.ranges import STATIC, StaticRanges, apply_activations, model_klds, rounding, static_ranges, tapped
+from edgelab.recipe import Smooth
 from edgelab.scheme import ActScheme, QuantScheme
 
 BATCHES = [torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(1))]
@@ -192,6 +193,27 @@ def test_a_recipe_with_a_static_scheme_gives_a_model_near_the_original():
             assert len(acts) == len(inside(model)) and set(acts) == {STATIC}
             got = torch.log_softmax(small(IDS).logits, -1)
             assert 0 < float((want.exp() * (want - got)).sum(-1).median()) < 0.02
+
+
+def test_some_layers_take_a_scale_per_token_and_the_others_a_stored_one():
+    """Two steps: what reads gated products rounds them token by token, at run time; all else has ranges, on a smoothed model."""
+    model, int8 = tiny("deepseek_v3"), QuantScheme.parse("int8-row")
+    gated = Quantize((("@experts", int8), ("*down_proj", int8)), activations="a8-token")
+    rest = Quantize((("@router", None), ("@embedding", None), ("@head", None), ("*", int8)), activations="a8-static", ranges="percentile")
+    recipe = Recipe((Smooth(alpha=0.9, pairs=True), gated, rest))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ValueError, match="two steps of the recipe quantize"):
+        compress(model, recipe, calibration=BATCHES, progress=False)
+    others = [(name, int8) for name in inside(model) if not name.endswith("down_proj") and ".experts." not in name]
+    recipe = Recipe((Smooth(alpha=0.9, pairs=True), gated, Quantize(tuple(others), activations="a8-static", ranges="best")))
+    small = compress(model, recipe, calibration=BATCHES, progress=False).model
+    acts = {f"{n}.{w}": act for n, m in small.named_modules() for w, act in getattr(m, "acts", {}).items()}
+    assert len(acts) == len(inside(model))
+    for name, act in acts.items():
+        assert act == (TOKEN if "down_proj" in name or ".experts." in name else STATIC), name
+    with torch.no_grad():
+        want, got = (torch.log_softmax(m(IDS).logits, -1) for m in (model, small))
+    assert 0 < float((want.exp() * (want - got)).sum(-1).median()) < 0.02
 
 
 def test_activations_go_in_by_name_and_come_out_again():

@@ -179,7 +179,7 @@ def test_killed_at_any_moment(tmp_path, moe):
     out, work = tmp_path / "out", tmp_path / ".out.stream"
     whole = work / "bundle"
     seen = []
-    for chunks in (0, 2, 5):  # kill when so many chunks are whole
+    for chunks in (1, 4):  # kill when so many chunks are whole
         child = subprocess.Popen([sys.executable, "-c", CHILD, moe, out], stderr=subprocess.PIPE)
         while child.poll() is None and not (whole.is_dir() and len(list(whole.glob("*.safetensors"))) >= chunks):
             time.sleep(0.0005)
@@ -290,7 +290,7 @@ def test_too_large_for_float16_scales(tmp_path, moe):
 
 
 def test_small_groups_are_warned_of_once(tmp_path, moe):
-    source = edited(moe, tmp_path / "source", lambda t: t["lm_head.weight"].mul_(1e-6) and None)
+    source = edited(moe, tmp_path / "source", lambda t: t | {"lm_head.weight": t["lm_head.weight"] * 1e-6})
     with pytest.warns(UserWarning, match=r"lm_head: \d+ groups are so small") as said:
         compress_checkpoint(source, tmp_path / "out", INT4, **QUIET)
     assert len(said) == 1

@@ -68,9 +68,15 @@ def auto_round(job: Job, model: nn.Module, ids: Tensor) -> Outcome:
     with Clock() as clock:
         done, _ = tool.quantize()
     done = done if done is not None else model
-    weights = {f"{name}.weight": _unrounded(done.get_submodule(name)) for name in layers}
+    # it leaves out, without saying so to the caller, layers whose features are no multiple of 32: these have no scale
+    tuned = {name: layer for name in layers if hasattr(layer := done.get_submodule(name), "scale")}
+    weights = {f"{name}.weight": _unrounded(layer) for name, layer in tuned.items()}
     bits = sum(packed_bits(w, job) for w in weights.values())
-    return Outcome(weights, bits, clock.seconds, [f"settings {s}, sym={job.symmetric}, {len(ids)} x {ids.shape[1]} tokens"])
+    notes = [f"settings {s}, sym={job.symmetric}, {len(ids)} x {ids.shape[1]} tokens"]
+    if len(tuned) < len(layers):
+        left = [name for name in layers if name not in tuned]
+        notes.append(f"left {len(left)} of {len(layers)} layers alone, such as {', '.join(left[:4])}")
+    return Outcome(weights, bits, clock.seconds, notes)
 
 
 def _unrounded(layer: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 #
 # **Claim: no rule that looks at a histogram alone finds the right range of an activation. KL divergence, the classic of
 # 8-bit inference, keeps the shape of the distribution and cuts off the few huge values in which a language model keeps
-# meaning; on this model it does more harm than all other rules. What helps is to measure.**
+# meaning; on this model, as it is, it does more harm than all other rules. What helps is to measure.**
 #
 # After this notebook you can
 #
@@ -47,7 +47,7 @@ seed = 0
 model, tokenizer = load(model_dir), load_tokenizer(model_dir)
 text = corpus()
 batches = data.calibration_batches(tokenizer, text["calibration"], tokens=calibration_tokens, context=256, batch=8, seed=seed)
-tensor = clip_lab.Tensor(model, tensor_name, batches[0], batches[1][:2])
+tensor = clip_lab.Tensor(model, tensor_name, batches[0], batches[1][:4])  # a row of each domain
 print(f"{sum(b.numel() for b in batches):,} tokens of calibration text; {tensor.values.size:,} values of {tensor_name}")
 
 # %% [markdown]
@@ -172,7 +172,7 @@ assert best.kld < tensor.at(tensor.ranges["kl"].threshold).kld / 3
 # %%
 cut = tensor.ranges["kl"].threshold
 print(f"the tokens with most values beyond {cut:.4g}, in the calibration text:")
-display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, cut, most=6))))
+display(Markdown(words.markdown(tensor.clipped_tokens(tokenizer, cut))))
 print("and the model's divergence when only some positions are clipped (and nothing is rounded):")
 display(Markdown(words.markdown(tensor.blame(tokenizer, cut))))
 
@@ -183,7 +183,7 @@ display(Markdown(words.markdown(tensor.blame(tokenizer, cut))))
 # (Sun et al. 2024, arXiv 2402.17762). There it is the main suspect; here it is convicted of a small part only, and we would not
 # have known without clipping each group alone. The rest is the nature of the layer: act(gate) × up is near zero unless
 # a neuron has something to say, and then it is large. Each such value is rare, and nearly every token has one, at another
-# neuron: every "=" and every "+" does. In the table of section 3 the clipped values are a quarter of a per cent of all and hold
+# neuron: every "1" and every "+" does. In the table of section 3 the clipped values are a quarter of a per cent of all and hold
 # a sixth of the squared size. Rare, large and meaningful: that is what a count of values cannot tell.
 #
 # Now all tensors, each rounded alone: the effect is the squared error of its decoder block's output over the output's squared size,
@@ -256,7 +256,7 @@ for name, changed in variants.items():
     its = static_ranges(changed, calibrate(changed, batches, want=("histogram",), progress=False), batches, "max", progress=False)
     klds[name] = model_klds(changed, {rule: its.throughout(rule) for rule in RULES}, [batches[-1][:4]])
 display(Markdown(words.markdown(clip_lab.variant_rows(klds))))
-assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(klds["outliers planted"].values())
+assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(klds["outliers planted"].values()) / 5
 
 # %% [markdown]
 # **Look.** Nats per token, activations rounded, weights in floating point; the floating-point models of all four lines give the
@@ -266,12 +266,16 @@ assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(kld
 # less than before; KL still clips.
 #
 # **Explain.** Smoothing takes away differences between channels, not between tokens: what a neuron says is still rare and still
-# large. With outliers planted in a few channels every single range fails: a wide one rounds all other channels to nothing, a narrow
-# one clips what matters.
+# large.
 #
-# When *does* KL help? Where values are many, alike and none of them matters alone: in many of the tensors above it is
-# within a few per cent of the best, and it was made for pictures (convolutional networks). It must not clip where a rare value is a
-# message. You cannot see the difference in the histogram, and it takes a minute to measure.
+# The last line turns the tables: with outliers planted, KL is the *best* of the four. The planted channels are so large that
+# a range which holds them rounds all others to nothing; giving a few channels up is the lesser evil. All four ruin the model
+# all the same. What helps there is no threshold but smoothing, which takes the outliers back.
+#
+# So when does KL help? Where what is clipped can be spared: when a few channels drown all others, and where values are many and
+# none of them matters alone. In many of the tensors above it is as good as any, and it was made for pictures (convolutional
+# networks). It must not clip where a rare value is a message. The histogram does not show the difference, and to measure it
+# takes a minute.
 
 # %% [markdown]
 # ## Exercises
