@@ -146,15 +146,17 @@ def _staged(out: Path):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _recipe(file: Path | None, scheme: str | None, method: str | None = None, activations: str | None = None) -> Recipe:
+def _recipe(
+    file: Path | None, scheme: str | None, method: str | None = None, activations: str | None = None, budget: float | None = None
+) -> Recipe:
     if (file is None) == (scheme is None):
         raise ValueError(
             "give either --recipe FILE or --scheme such as int4-g32, " + ("not both" if file else "for it says how to compress")
         )
     if scheme is not None:
-        return Recipe.uniform(scheme, method=method or "rtn", activations=activations)
-    if method or activations:
-        raise ValueError("--method and --activations go with --scheme; a recipe names its own")
+        return Recipe.uniform(scheme, method=method or "rtn", activations=activations, budget=budget)
+    if method or activations or budget:
+        raise ValueError("--method, --activations and --budget go with --scheme; a recipe names its own")
     try:
         return Recipe.from_json(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -433,6 +435,10 @@ def compress(
     activations: Annotated[
         str | None, typer.Option("--activations", help="Round the layers' inputs too: a8-token, a8-tensor or a8-static.")
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Effective bits per weight on average: each weight gets its own scheme, by what the model loses."),
+    ] = None,
     data: CalibrationData = None,
     tokens: CalibrationTokens = 65_536,
     stream: Annotated[
@@ -447,7 +453,7 @@ def compress(
     force: Force = False,
 ) -> None:
     """Store MODEL's weights in low bits and write a bundle that `AutoModelForCausalLM.from_pretrained` loads."""
-    chosen = _recipe(recipe, scheme, method, activations)
+    chosen = _recipe(recipe, scheme, method, activations, budget)
     _may_write(out, force, ours="edgelab.json", models=(model,))
     _local_only(model, *([] if data is None else [data]))
     from edgelab.bundle import save_bundle, verify_bundle

@@ -37,6 +37,7 @@ from edgelab.evaluate import Measured, Scores, measure, summarise
 from edgelab.model import load, weights
 from edgelab.recipe import AutoRound, Recipe, Rotate, Rtn, Smooth
 from edgelab.report import Report
+from edgelab.scheme import QuantScheme
 
 KEPT = ("embedding", "head", "router")  # roles that no line rounds
 
@@ -48,6 +49,10 @@ def _affine(bits: int, group: int) -> str:
 def _offset(bits: int, group: int) -> str:
     """With an offset beside each scale: groups twice as large take as much."""
     return f"uint{bits}-g{2 * group}"
+
+
+def _bits(scheme: str) -> float:
+    return QuantScheme.parse(scheme).bits_per_weight((1, 4096))
 
 
 BEST = AutoRound(scope="model", start="gptq", steps=300, batch=4, lr=0.003)
@@ -68,6 +73,8 @@ METHODS: dict[str, tuple] = {
     "autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound())),
     "gptq+autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound(start="gptq"))),
     "best": (_affine, lambda s: Recipe.body(s, method=BEST)),
+    "mixed": (_affine, lambda s: Recipe.body(s, method="gptq", budget=_bits(s))),
+    "best-mixed": (_affine, lambda s: Recipe.body(s, method=BEST, budget=_bits(s))),
     "best-nf4": (lambda bits, group: f"nf4-g{group}", lambda s: Recipe.body(s, method=BEST)),
 }
 FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "best-nf4", "mxfp4")

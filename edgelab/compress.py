@@ -20,13 +20,16 @@ from edgelab.blocks import calibrate
 from edgelab.fit import fit
 from edgelab.layers import Quantized
 from edgelab.methods.coverage import Coverage, CoverageRow
+from edgelab.methods.mixed import Allocation, allocate
 from edgelab.mixed_experts import expert_of
 from edgelab.model import Weight, quantized, stored_tensors, unknown_experts, untouchable, weights
 from edgelab.ranges import apply_activations, static_ranges
 from edgelab.recipe import AutoRound, Hqq, Quantize, Recipe, Rotate, Smooth, matches
 from edgelab.scheme import QuantScheme
+from edgelab.sensitivity import sensitivity
 from edgelab.transforms import awq, rotate, smooth
 
+_BUDGET_TOKENS = 16_384  # of the calibration set, for the estimate of what each weight loses
 _EXPECTED_SHARE = 0.9  # of the matrices' parameters, below which a rule for all ("*") is answered with a warning
 
 
@@ -267,8 +270,27 @@ def _smooth(model: nn.Module, step: Smooth, following: Quantize | None, calibrat
     awq(model, stats, lambda name: schemes.get(name, schemes.get(f"{name}#0")), grid=step.grid)
 
 
+def _within_budget(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool) -> Allocation:
+    """The scheme of each selected weight: by the Fisher estimate of what each loses, under the step's budget of bits."""
+    experts = [name for name in schemes if expert_of(name)[1] is not None]
+    if experts:
+        raise ValueError(f"budget={step.budget} chooses schemes, and a rule names that of {experts[0]}; leave out one of them")
+    seen, rows = 0, []
+    for ids in calibration:
+        rows.append(ids)
+        seen += ids.numel()
+        if seen >= _BUDGET_TOKENS:
+            break
+    count = sum(w.tensor.numel() for w in weights(model) if w.name in schemes)
+    costs = sensitivity(model, rows, list(schemes), step.choices, metric="fisher", progress=progress)
+    return allocate(costs, int(step.budget * count / 8))
+
+
 def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool) -> list[str]:
-    act, scales, names = step.activations, None, None
+    act, scales, names, told = step.activations, None, None, []
+    if step.budget is not None:
+        found = _within_budget(model, schemes, step, calibration, progress)
+        schemes, told = {name: QuantScheme.parse(str(s)) for name, s in found.choice.items()}, [f"budget of {step.budget} bits: {found!r}"]
     if act is not None:
         chosen = {expert_of(name)[0] for name in schemes}
         names = [w.name for w in weights(model) if w.name in chosen and w.kind in ("linear", "experts") and w.role != "head"]
@@ -276,7 +298,7 @@ def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize,
             stats = calibrate(model, calibration, want=("histogram",), progress=progress)
             scales = static_ranges(model, stats, calibration, step.ranges, act=act, names=names, progress=progress)
             names = None  # those that have a range
-    remarks = fit(model, schemes, step.method, calibration, progress)
+    remarks = told + fit(model, schemes, step.method, calibration, progress)
     if act is not None:
         apply_activations(model, act, scales, names)
     return remarks

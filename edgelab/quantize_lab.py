@@ -649,14 +649,15 @@ def check_rtn(scale, codes) -> str:
         return "Not yet: the sign. The largest weight must become level -4, for there is no level +4: 1.6 / scale = -4."
     if not math.isclose(s[0], -0.4, rel_tol=2e-3):
         return "Not yet: the scale is the weight of largest magnitude, with its sign, over -2^(bits - 1)."
-    want = np.clip(np.round(group / -0.4), -4, 3) + 4
+    levels = np.round(group / -0.4, 6)  # 1.2 / -0.4 is a little above -3 in binary
+    want = np.clip(np.round(levels), -4, 3) + 4
     if np.array_equal(c, want):
         return "Right: scale -0.4, codes 3 6 1 4 3 0 7 2. The weight -1.5 wanted level 3.75 and was clipped to 3."
     if min(c) < 0:
         return "Not yet: these are levels, -4 .. 3; a stored code is the level + 4."
     if max(c) > 7:
         return "Not yet: 3 bits hold 0 .. 7. The level of -1.5 is clipped to 3."
-    if np.array_equal(c, np.clip(np.trunc(group / -0.4), -4, 3) + 4) or np.array_equal(c, np.clip(np.floor(group / -0.4), -4, 3) + 4):
+    if np.array_equal(c, np.clip(np.trunc(levels), -4, 3) + 4) or np.array_equal(c, np.clip(np.floor(levels), -4, 3) + 4):
         return "Not yet: round to the nearest level, don't cut off."
     wrong = [i for i in range(8) if c[i] != want[i]]
     first = group[wrong[0]]

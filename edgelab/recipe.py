@@ -130,6 +130,10 @@ class Quantize:
     that this step selects are rounded, or None; `ranges` finds the stored ranges of a static scheme: "max", "percentile",
     "mse", "kl", or "best" (per tensor the one with the least measured effect). `min_expert_share`: the share of expert
     parameters that must really end up quantized; `compress` fails below it.
+
+    `budget`: effective bits per weight, on average over the selected weights; each then gets the one of `choices` with
+    which the whole loses least (`sensitivity`, `methods/mixed.py`), and the schemes of the rules only say which weights are
+    selected.
     """
 
     rules: tuple[tuple[str, QuantScheme | None], ...]
@@ -137,6 +141,8 @@ class Quantize:
     min_expert_share: float = 1.0
     activations: ActScheme | None = None
     ranges: str = "best"
+    budget: float | None = None
+    choices: tuple[str, ...] = ("int2-g32", "int3-g64", "int3-g32", "int4-g64", "int4-g32", "int8-g64")
 
     def __post_init__(self) -> None:
         try:
@@ -152,6 +158,9 @@ class Quantize:
             raise ValueError(f"min_expert_share={share!r} is no share; give a number from 0 to 1")
         if self.ranges not in RANGES:
             raise ValueError(f"ranges={self.ranges!r} is not known; use one of {', '.join(RANGES)}")
+        if self.budget is not None and not (isinstance(self.budget, int | float) and self.budget > 0):
+            raise ValueError(f"budget={self.budget!r} is no number of bits per weight; 3.5 is what int3-g32 takes")
+        object.__setattr__(self, "choices", tuple(str(QuantScheme.parse(str(c))) for c in self.choices))
         for pattern, scheme in rules:
             if not isinstance(pattern, str):
                 raise ValueError(f"pattern={pattern!r} is no text; give a glob such as '*.down_proj', or '@role'")
@@ -163,7 +172,8 @@ class Quantize:
     @property
     def data_free(self) -> bool:
         """Whether the step needs no calibration data."""
-        return self.method.data_free and not (self.activations is not None and self.activations.static)
+        static = self.activations is not None and self.activations.static
+        return self.method.data_free and not static and self.budget is None
 
     def scheme_for(self, name: str, role: str) -> QuantScheme | None:
         """The scheme of the first rule that matches, or None: keep the weight.
@@ -178,7 +188,8 @@ class Quantize:
         settings = {k: v for k, v in asdict(self.method).items() if v != getattr(METHODS[self.method.name](), k)}
         method = {"name": self.method.name, **settings} if settings else self.method.name
         d = {"step": "quantize", "rules": rules, "method": method, "min_expert_share": self.min_expert_share}
-        return d | ({} if self.activations is None else {"activations": str(self.activations), "ranges": self.ranges})
+        d |= {} if self.activations is None else {"activations": str(self.activations), "ranges": self.ranges}
+        return d | ({} if self.budget is None else {"budget": self.budget, "choices": list(self.choices)})
 
     @classmethod
     def from_dict(cls, d: dict) -> "Quantize":

@@ -90,6 +90,25 @@ def test_methods_rank_as_they_should(trained):
     assert found["learnt"] < 0.9 * found["mse"], found
 
 
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_a_budget_gives_each_weight_its_own_bits_and_is_kept(family):
+    model = tiny(family)
+    choices = ("int2-g8", "int4-g8", "int8-g8")
+    made = compress(model, Recipe.body("int4-g8", method="gptq", budget=7.0, choices=choices), calibration=BATCHES, progress=False)
+    touched = [r for r in made.coverage if r.touched]
+    bits = 8 * sum(r.predicted_bytes for r in touched) / sum(r.parameters for r in touched)
+    assert 6.0 < bits <= 7.0 and len({r.scheme for r in touched}) > 1
+    assert "budget of 7.0 bits: Allocation(" in made.remarks[0]
+    rough = compress(model, Recipe.body("int4-g8", method="gptq", budget=4.0, choices=choices), calibration=BATCHES, progress=False)
+    assert divergence(model, made.model) < divergence(model, rough.model)
+    again = Recipe.from_json(made.recipe.to_json())
+    assert again == made.recipe and not again.data_free
+    with pytest.raises(ValueError, match="budget"):
+        compress(model, Recipe.body("int4-g8", budget=1.0, choices=choices), calibration=BATCHES, progress=False)
+    with pytest.raises(ValueError, match="budget=-1 is no number of bits"):
+        Recipe.body("int4-g8", budget=-1)
+
+
 def test_sequential_calibration_sees_the_quantized_blocks():
     """Block 1's codes depend on how block 0 was rounded when sequential, and not when not."""
     model = tiny("llama")

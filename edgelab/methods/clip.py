@@ -11,9 +11,9 @@ wide range clips nothing and rounds coarsely, a narrow one rounds finely and cli
 
 What KL does not know: it looks at how *often* values come and not at how large they are. One value in a hundred thousand
 that is fifty times as large as the rest adds almost nothing to KL(P || Q) wherever it is moved to, while the layer's output
-may consist of little else: language models keep such values on purpose (the "massive activations" of the first token and
-of delimiters, arXiv 2402.17762, section 2). The squared error sees them, but in the input only, not what they do behind
-the weights. So no rule is right for all tensors, and `edgelab/ranges.py` measures which one is.
+may consist of little else: the products of gated layers, which are near zero unless a neuron fires, and the "massive
+activations" of a language model's first token and delimiters (arXiv 2402.17762, section 2). The squared error sees them, but in
+the input only, not what they do behind the weights. So no rule is right for all tensors, and `edgelab/ranges.py` measures which one is.
 
 All rules but "max" read a histogram, which streams and merges; "max" takes the exact maximum where the caller has it.
 """

@@ -295,8 +295,8 @@ display(Markdown(sentence))
 # Weights in 8 bits with a scale per row, activations in 8 bits with a scale per token or one for the whole tensor ("W8A8"). Four cures:
 #
 # - **SmoothQuant**: divide each channel by max|x|^½ / max|w|^½ and multiply the weights that read it. The norm before takes the factor.
-# - **Rotation**: turn the hidden states by a random orthogonal matrix made of ±1/√n; every channel becomes a mixture of all. (A head that is tied
-#   to the embedding needs weights of its own then: 0.5 M more.)
+# - **Rotation**: turn the hidden states by a random orthogonal matrix made of ±1/√n; every channel becomes a mixture of all.
+#   (A head that is tied to the embedding needs weights of its own then: 0.5 M more.)
 # - **Split** (LLM.int8()): channels that exceed a threshold, here 6, are not rounded: `a8-token-o6`.
 #
 # **Predict.** Which of the three win back everything? Does the split do as well as the others, though it keeps the outliers in floating
@@ -326,9 +326,10 @@ assert outliers.points["a8-token, naive"].low > 10 * outliers.points["a8-token, 
 # **Answer.** SmoothQuant and rotation win back everything. The split does not, with a scale per token: look at the last table.
 #
 # **Explain.** Planting made some weights 64 times as *small*, and one scale per row rounds those to nothing, whatever the activations
-# do. The split only looks at activations; the other two change the weights as well. With one scale per tensor it is the other way round: the
-# split wins by far, since this model has natural outliers of its own (notebook 03) that no channel-wise scale takes away, and it does not
-# round those either. It pays in speed: two products in place of one, with columns that differ from input to input.
+# do. The split only looks at activations; the other two change the weights as well. With one scale per tensor it is the other
+# way round: the split wins by far, since this model has natural outliers of its own (notebook 03) that no channel-wise scale
+# takes away, and it does not round those either. It pays in speed: two products in place of one, with columns that differ from
+# input to input.
 #
 # What is planted is a scale, which suits the methods that choose scales. Real outliers are not so clean.
 #
@@ -399,7 +400,8 @@ for key, value in table.facts.items():
 # **1.** (difficulty 1 of 3, importance 3 of 3, 10 minutes) Round these eight weights to 3 bits by hand, in the signed-maximum form: one
 # scale for all, and eight stored codes 0 .. 7.
 #
-# <details><summary>Hint</summary>The weight of largest magnitude becomes level −4, so the scale may be negative. Stored code = level + 4.</details>
+# <details><summary>Hint</summary>The weight of largest magnitude becomes level −4, so the scale may be negative. A stored code is
+# the level + 4.</details>
 
 # %%
 print("weights:", lab.EXERCISE_GROUP)
