@@ -560,7 +560,9 @@ def compare(
     recipe: Annotated[list[Path] | None, typer.Option("--recipe", help="A recipe of your own as JSON; may be given again.")] = None,
     peers: Annotated[
         str,
-        typer.Option("--peers", help="Other tools: `installed`, `none`, or names such as hqq,auto-round (python -m edgelab.peers list)."),
+        typer.Option(
+            "--peers", help="Other tools: `installed`, `none`, or names such as hqq,gptqmodel:gptaq (python -m edgelab.peers list)."
+        ),
     ] = "none",
     data: Annotated[
         str | None, typer.Option("--data", help="Text of your own, as for evaluate: calibrated and tested on its splits.")
@@ -591,7 +593,10 @@ def compare(
     from edgelab.data import corpus, from_source
 
     chosen = [] if peers == "none" else list(tools.environments()) if peers == "installed" else peers.split(",")
-    by_peer = {name: [tools.peer(name).methods[0]] for name in chosen}
+    by_peer: dict[str, list[str]] = {}
+    for text in chosen:
+        name, _, method = text.partition(":")
+        by_peer.setdefault(name, []).append(method or tools.peer(name).methods[0])
     splits = corpus() if data is None else from_source(data, label=Path(data).stem or "text")
     n_threads = _threads(threads)
     made = run(

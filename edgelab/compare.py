@@ -55,6 +55,7 @@ def _bits(scheme: str) -> float:
     return QuantScheme.parse(scheme).bits_per_weight((1, 4096))
 
 
+WITH_NF4 = ("int2-g32", "int3-g64", "int3-g32", "nf4-g64", "nf4-g32", "int8-g64")
 BEST = AutoRound(scope="model", start="gptq", steps=300, batch=4, lr=0.003)
 # {method: (its scheme for so many bits and a group, its recipe for that scheme)}
 METHODS: dict[str, tuple] = {
@@ -74,6 +75,7 @@ METHODS: dict[str, tuple] = {
     "gptq+autoround": (_affine, lambda s: Recipe.body(s, method=AutoRound(start="gptq"))),
     "best": (_affine, lambda s: Recipe.body(s, method=BEST)),
     "mixed": (_affine, lambda s: Recipe.body(s, method="gptq", budget=_bits(s))),
+    "mixed-nf4": (_affine, lambda s: Recipe.body(s, method="gptq", budget=_bits(s), choices=WITH_NF4)),
     "best-mixed": (_affine, lambda s: Recipe.body(s, method=BEST, budget=_bits(s))),
     "best-nf4": (lambda bits, group: f"nf4-g{group}", lambda s: Recipe.body(s, method=BEST)),
 }
