@@ -31,7 +31,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from html import escape
@@ -98,9 +98,12 @@ class _Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _slots(model: nn.Module) -> list[_Slot]:
-    listed = weights(model)
-    return [_Slot(w.name, w.module_name, w.parameter, w.kind, w.shape) for w in listed if w.kind in ("linear", "experts")]
+def _slots(model: nn.Module, only: Collection[str] | None = None) -> list[_Slot]:
+    listed = [w for w in weights(model) if w.kind in ("linear", "experts")]
+    if only is not None:  # of an expert module both stacks or none
+        modules = {w.module_name for w in listed if w.name in only}
+        listed = [w for w in listed if w.module_name in modules]
+    return [_Slot(w.name, w.module_name, w.parameter, w.kind, w.shape) for w in listed]
 
 
 # ----------------------------------------------------------------------------------------------------- collecting
@@ -359,6 +362,7 @@ def walk(
     blocks: bool = True,
     progress: bool = True,
     collect: Callable[[str], bool] = lambda name: True,
+    only: Collection[str] | None = None,
 ) -> Iterator[BlockStats]:
     """Yields a `BlockStats` per decoder block, in order, and a last one, "head", for the weights outside of them.
 
@@ -366,7 +370,8 @@ def walk(
     caller may change a block's inside (swap its layers) while it has the item. sequential: the next block then gets the
     outputs of the changed one; else those of the original. twin: the original blocks' outputs for their own inputs are
     carried along (`item.fp_inputs`, `item.outputs`), at the price of a second set of hidden states. collect(name) False:
-    no statistics of that block. See the module for `all_tokens` and `blocks`.
+    no statistics of that block. only: the names of the weights whose statistics are wanted; None: all. See the module for
+    `all_tokens` and `blocks`.
 
     Raises ValueError for batches that the model can't read, FloatingPointError that names block, weight and batch for
     NaN or infinite activations, RuntimeError for a model whose blocks are not a chain.
@@ -375,14 +380,14 @@ def walk(
         raise ValueError(f"want={want!r} must be a list of some of {', '.join(WANT)}")
     batches = _checked(model, batches)
     chain = decoder_blocks(model) if blocks else []
-    settings = (tuple(want), all_tokens, collect, progress)
+    settings = (tuple(want), all_tokens, collect, progress, only)
     if not chain:
         return _walk_whole(model, batches, *settings)
     return _walk(model, chain, batches, *settings, sequential, twin)
 
 
-def _walk(model, chain, batches, want, all_tokens, collect, progress, sequential, twin) -> Iterator[BlockStats]:
-    slots, routers, tokens = _slots(model), find_routers(model), sum(ids.numel() for ids in batches)
+def _walk(model, chain, batches, want, all_tokens, collect, progress, only, sequential, twin) -> Iterator[BlockStats]:
+    slots, routers, tokens = _slots(model, only), find_routers(model), sum(ids.numel() for ids in batches)
     kinds = _probe(model, chain, batches[0][:1, :_PROBE])
     hidden, calls = _record(model, chain, batches, kinds)
     _check_finite(hidden, "what comes before the first block")
@@ -437,11 +442,11 @@ def _walk(model, chain, batches, want, all_tokens, collect, progress, sequential
         bar.update()
 
 
-def _walk_whole(model, batches, want, all_tokens, collect, progress) -> Iterator[BlockStats]:
+def _walk_whole(model, batches, want, all_tokens, collect, progress, only) -> Iterator[BlockStats]:
     """One item for all weights, by hooks on the whole model."""
     stats, found = {}, {}
     if collect("model"):
-        with _quiet(model), _Collector(model, _slots(model), find_routers(model), "the model", want, all_tokens) as sums:
+        with _quiet(model), _Collector(model, _slots(model, only), find_routers(model), "the model", want, all_tokens) as sums:
             for b, ids in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
                 sums.start(b)
                 _forward(model, ids)
@@ -456,12 +461,18 @@ def _checked(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs text; data.calibration_batches makes batches of a data set")
+    config = getattr(model, "config", None)
+    most = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     rows = getattr(table, "num_embeddings", None)
     for b, ids in enumerate(batches):
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
             what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"batches[{b}] is {what}; each batch is token ids int64 [B, T], without padding")
+        if most and ids.shape[1] > most:
+            raise ValueError(
+                f"batches[{b}] has rows of {ids.shape[1]} tokens, the model {most} positions; make batches with context={most}"
+            )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (rows is not None and high >= rows):
             raise ValueError(
@@ -799,13 +810,13 @@ def _key(model: nn.Module, batches: list[Tensor], want: Sequence[str], all_token
     """What the statistics depend on: every parameter's and buffer's name, shape and bits, every token, the settings."""
     h = hashlib.sha256(json.dumps([_FORMAT, type(model).__name__, sorted(want), all_tokens]).encode())
     for name, t in model.state_dict().items():
-        h.update(f"{name} {tuple(t.shape)} {t.dtype} {_checksum(t)}".encode())
+        h.update(f"{name} {tuple(t.shape)} {t.dtype} {checksum(t)}".encode())
     for ids in batches:
         h.update(f"{tuple(ids.shape)}".encode() + ids.cpu().long().contiguous().numpy().tobytes())
     return h.hexdigest()
 
 
-def _checksum(t: Tensor) -> str:
+def checksum(t: Tensor) -> str:
     """Two sums over the bits of `t`, exact whatever their order, the second weighted by place: a change of one value shows."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     total, placed = 0, 0

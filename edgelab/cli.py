@@ -227,14 +227,14 @@ def _documents(source: str | None):
     return datasets.concatenate_datasets([part for part in splits.values() if len(part)])
 
 
-def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int | None = None) -> list:
+def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int) -> list:
     """Batches of calibration tokens: of the embedded corpus' calibration split, or of that of any other source."""
     from edgelab.data import calibration_batches, corpus, from_source
 
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, and this recipe has to see text: put its files beside config.json")
     splits = corpus() if source is None else from_source(source, label=Path(source).stem or "text")
-    return calibration_batches(tokenizer, splits["calibration"], tokens=tokens, context=context or 512)
+    return calibration_batches(tokenizer, splits["calibration"], tokens=tokens, context=context)
 
 
 def _context(models: Iterable, asked: int | None) -> int:
@@ -470,10 +470,10 @@ def compress(
         _print_coverage(coverage_of(bundle), f"Coverage audit, recipe {chosen.digest}")
         out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
         return
-    calibration = None
+    loaded, calibration = load(model), None
     if not chosen.data_free:
-        calibration = _calibration(tokenizer, model, data, tokens)
-    result = run(load(model), chosen, calibration=calibration, inplace=True)
+        calibration = _calibration(tokenizer, model, data, tokens, _context([loaded], None))
+    result = run(loaded, chosen, calibration=calibration, inplace=True)
     for remark in result.remarks:
         err_console.print(f"Note: {remark}", markup=False, style="yellow", soft_wrap=True)
     bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole
@@ -579,6 +579,10 @@ def compare(
 
     Writes OUT/comparison.md, .tex, .html, .csv and .json.
     """
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
     from edgelab.compare import METHODS
     from edgelab.compare import compare as run
 
@@ -586,7 +590,10 @@ def compare(
         widths = [int(b) for b in bits.split(",")]
     except ValueError:
         raise ValueError(f"--bits {bits} must be numbers with commas between, such as 4,3") from None
-    own = {} if not recipe else {file.stem: _recipe(file, None) for file in recipe}
+    stems = [file.stem for file in recipe or ()]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"--recipe: two files are called {max(stems, key=stems.count)!r}, and their lines would be too; rename one")
+    own = {file.stem: _recipe(file, None) for file in recipe or ()}
     _local_only(model, *([] if data is None else [data]))
     tokenizer = _one_tokenizer([model])
     from edgelab import peers as tools
@@ -599,10 +606,11 @@ def compare(
         by_peer.setdefault(name, []).append(method or tools.peer(name).methods[0])
     splits = corpus() if data is None else from_source(data, label=Path(data).stem or "text")
     n_threads = _threads(threads)
+    context = _context([SimpleNamespace(config=AutoConfig.from_pretrained(model, trust_remote_code=False))], context)
     made = run(
         model, tokenizer, splits["test"], _calibration(tokenizer, model, data, tokens, context),
         methods=list(METHODS) if methods == "all" else methods.split(","), bits=widths, group=group, recipes=own, peers=by_peer,
-        out=out, max_docs=max_docs or None, context=context or 512, threads=n_threads, seed=seed,
+        out=out, max_docs=max_docs or None, context=context, threads=n_threads, seed=seed,
     )  # fmt: skip
     _print_table(made.table(), f"Measured here, against the original, with 95 % intervals in brackets: {words.INTERVALS}")
     for line in made.lines:

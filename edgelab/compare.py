@@ -8,7 +8,8 @@ alone and `peak RSS` that of the whole process, PyTorch and the model included.
 Effective bits count codes, scales and offsets or zero points as the format stores them, over the rounded weights.
 Methods whose scheme stores more beside a code get a larger group, so that all lines of a step of bits have the same
 effective bits: int4-g32, uint4-g64 (a scale and an offset) and nf4-g32 are 4.5 each. Bytes are those of the bundle's weight files; a
-peer's are modelled, by its bits, with all else in 16 bits: its own file is not written.
+peer's are modelled, by its bits, with all else in 16 bits: its own file is not written. "All bits" divides by the parameters
+of the original, also where a tied head has become one of its own (rotation).
 
 Our lines load their bundle from the disk before they are measured. A line that is done is kept in the output folder,
 so a comparison that was stopped goes on where it was.
@@ -32,8 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from edgelab.bundle import load_bundle, save_bundle
+from edgelab.blocks import checksum
+from edgelab.bundle import coverage_of, load_bundle, save_bundle
 from edgelab.evaluate import Measured, Scores, measure, summarise
+from edgelab.mixed_experts import expert_of
 from edgelab.model import load, weights
 from edgelab.recipe import AutoRound, Recipe, Rotate, Rtn, Smooth
 from edgelab.report import Report
@@ -79,6 +82,17 @@ METHODS: dict[str, tuple] = {
     "best-mixed": (_affine, lambda s: Recipe.body(s, method=BEST, budget=_bits(s))),
     "best-nf4": (lambda bits, group: f"nf4-g{group}", lambda s: Recipe.body(s, method=BEST)),
 }
+# rows of 8 bits for weights and activations; the other methods round weights only
+METHODS |= {
+    name: (lambda bits, group: "int8-row", lambda s, before=before, act=act: Recipe.body(s, before=before, activations=act))
+    for name, before, act in (
+        ("w8a8-token", (), "a8-token"),
+        ("w8a8-static", (), "a8-static"),
+        ("smooth+w8a8-static", (Smooth(),), "a8-static"),
+        ("llm.int8", (), "a8-token-o6"),
+    )
+}
+EIGHT_BITS_ONLY = ("w8a8-token", "w8a8-static", "smooth+w8a8-static", "llm.int8")
 FOUR_BITS_ONLY = ("nf4", "gptq-nf4", "best-nf4", "mxfp4")
 
 
@@ -266,7 +280,7 @@ def compare(
         for method in methods:
             if method not in METHODS:
                 raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-            if b != 4 and method in FOUR_BITS_ONLY:
+            if (b != 4 and method in FOUR_BITS_ONLY) or (b != 8 and method in EIGHT_BITS_ONLY):
                 continue
             scheme_of, recipe_of = METHODS[method]
             scheme = scheme_of(b, group)
@@ -279,13 +293,18 @@ def compare(
     for name, recipe in (recipes or {}).items():
         jobs.append((name, name, {"recipe": recipe.to_json(), "scheme": "own recipe"}))
 
+    names = [name for name, _, _ in jobs]
+    twice = {name for name in names if names.count(name) > 1} | ({"fp"} & set(names))
+    if twice:
+        raise ValueError(f"two lines would be called {sorted(twice)[0]!r} (the original is 'fp'); give the recipe another name")
+    lengths = {ids.shape[1:] for ids in calibration}
+    if len(lengths) != 1:
+        raise ValueError(f"calibration has rows of {len(lengths)} lengths; they must be of one, as calibration_batches makes them")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    model = load(model_dir)
-    ids = torch.cat(list(calibration))
-    if ids.ndim != 2:
-        raise ValueError(f"calibration must be rows of one length, as calibration_batches makes them; it is {tuple(ids.shape)}")
-    key = {"model": _digest_of(model), "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16], "threads": threads, "seed": seed}
+    model, ids = load(model_dir), torch.cat(list(calibration))
+    key = {"model": _digest_of(model), "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16], "shape": list(ids.shape)}
+    key |= {"threads": threads, "seed": seed, "code": _digest_of_code()}
     body = [w for w in weights(model) if w.role not in KEPT and not w.tied_to]
     lines: list[Line] = []
     folders: dict[str, Path] = {}
@@ -293,18 +312,19 @@ def compare(
     with tqdm(jobs, desc="compare", unit="line", disable=not progress) as bar:
         for name, method, job in bar:
             bar.set_postfix_str(name)
-            digest = hashlib.sha256(json.dumps([key, job], sort_keys=True).encode()).hexdigest()[:16]
+            versions = tools.peer(job["peer"]).requirements if "peer" in job else ()
+            digest = hashlib.sha256(json.dumps([key, job, versions], sort_keys=True).encode()).hexdigest()[:16]
             folder = out / "lines" / digest
             try:
                 if not (folder / "line.json").is_file():
                     if "peer" in job:
                         _make_peer(folder, name, method, job, model, model_dir, ids, body, threads, seed, peers_root)
                     else:
-                        _make_own(folder, name, method, job, model_dir, ids, threads)
+                        _make_own(folder, name, method, job, model, model_dir, ids, body, threads)
                 lines.append(Line(**_tuples(json.loads((folder / "line.json").read_text()))))
                 folders[name] = folder
             except (RuntimeError, FileNotFoundError) as error:
-                failed.append(f"{name}: {error}")
+                failed.append(f"{name}: {str(error).strip().splitlines()[-1]}")
                 tqdm.write(f"left out: {name}: {error}")
     if not lines:
         raise RuntimeError("no line could be made: " + "; ".join(failed))
@@ -312,9 +332,9 @@ def compare(
     report = Report()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     at_once = max(1, int(2e9 / size))  # models in memory beside the original
-    names = [line.name for line in lines]
-    for first in range(0, len(names), at_once):
-        models = {"fp": model} | {n: _loaded(folders[n], model) for n in names[first : first + at_once]}
+    done = [line.name for line in lines]
+    for first in range(0, len(done), at_once):
+        models = {"fp": model} | {n: _loaded(folders[n], model) for n in done[first : first + at_once]}
         found = measure(models, tokenizer, data, baseline="fp", max_docs=max_docs, context=context, progress=progress)
         part = summarise(pool(found), resamples=bootstrap, seed=seed) + summarise(found, resamples=bootstrap, seed=seed)
         report += Report(tuple(r for r in part if first == 0 or r.model != "fp"))
@@ -369,10 +389,18 @@ def _joined(parts: list[Scores], answers: bool) -> Scores:
 
 
 def _digest_of(model: nn.Module) -> str:
+    """Of every tensor, to the bit, and of the config."""
+    h = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}\n".encode())
+    return h.hexdigest()[:16]
+
+
+def _digest_of_code() -> str:
+    """Of this package's source: a line that other code has made is made again."""
     h = hashlib.sha256()
-    for name, p in model.named_parameters():
-        h.update(f"{name}{tuple(p.shape)}".encode())
-        h.update(p.detach().cpu().float().reshape(-1)[:: max(1, p.numel() // 4096)].contiguous().numpy().tobytes())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        h.update(file.read_bytes())
     return h.hexdigest()[:16]
 
 
@@ -415,7 +443,7 @@ def _make_peer(folder, name, method, job, model, model_dir, ids, body, threads, 
     _write_line(folder, line)
 
 
-def _make_own(folder: Path, name: str, method: str, job: dict, model_dir, ids: Tensor, threads: int) -> None:
+def _make_own(folder: Path, name: str, method: str, job: dict, model, model_dir, ids: Tensor, body: list, threads: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="edgelab-line-") as scratch:
@@ -426,14 +454,17 @@ def _make_own(folder: Path, name: str, method: str, job: dict, model_dir, ids: T
         if done.returncode:
             raise RuntimeError("\n".join((done.stderr or done.stdout).strip().splitlines()[-6:]) or f"exit code {done.returncode}")
         cost = json.loads((Path(scratch) / "cost.json").read_text())
-    from edgelab.bundle import coverage_of
-
-    coverage = coverage_of(folder / "bundle")
-    rounded = [r for r in coverage if r.touched]
-    body_bits = 8 * sum(r.predicted_bytes for r in rounded) / sum(r.parameters for r in rounded)
+    coverage, wanted = coverage_of(folder / "bundle"), {w.name for w in body}
+    rounded = [r for r in coverage if r.touched and expert_of(r.name)[0] in wanted]
+    count = sum(r.parameters for r in rounded)
+    notes = tuple(cost["remarks"])
+    beside = sorted({r.role for r in coverage if r.touched} & set(KEPT))
+    if beside:
+        notes += (f"also rounds {' and '.join(beside)}, which the other lines keep",)
     line = Line(
-        name, method, "edgelab", job["scheme"], body_bits, 8 * coverage.file_bytes / coverage.parameters, coverage.file_bytes, False,
-        cost["seconds"], cost["peak_rss_bytes"], 1.0, tuple(cost["remarks"]),
+        name, method, "edgelab", job["scheme"], 8 * sum(r.predicted_bytes for r in rounded) / max(count, 1),
+        8 * coverage.file_bytes / sum(p.numel() for p in model.parameters()), coverage.file_bytes, False, cost["seconds"],
+        cost["peak_rss_bytes"], count / sum(w.tensor.numel() for w in body), notes,
     )  # fmt: skip
     _write_line(folder, line)
 

@@ -7,6 +7,7 @@ plus the codes; a recipe that first transforms the model (`Smooth`, `Rotate`) co
 """
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,9 @@ def compress(
     embedding's rule. Raises ValueError before any work when the recipe does not fit the model (see `plan`), and after it
     when less than the recipe's `min_expert_share` of the experts' parameters was touched.
     """
+    if torch.is_inference_mode_enabled():  # tensors made in it do not count their versions, by which calibration knows them
+        with torch.inference_mode(False):
+            return compress(model, recipe, calibration=calibration, progress=progress, inplace=inplace)
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise ValueError(f"this {type(model).__name__} is quantized already; compress the floating-point model it came from")
     steps = plan(model, recipe)
@@ -82,7 +86,7 @@ def compress(
             case Quantize():
                 schemes = _plan_quantize(result, weights(result), step) if transforms else steps[i]
                 remarks += _quantize(result, schemes, step, calibration, progress)
-    if steps and hasattr(result, "save_pretrained"):
+    if any(steps) and hasattr(result, "save_pretrained"):
         from edgelab.hf import adopt  # transformers; not needed for a plain torch module
 
         adopt(result)
@@ -259,15 +263,16 @@ def _check_expert_rule(model: nn.Module, listed: list[Weight], step: Quantize, i
 
 
 def _smooth(model: nn.Module, step: Smooth, following: Quantize | None, calibration: Sequence[Tensor], progress: bool) -> None:
-    stats = calibrate(model, calibration, want=("xx",) if step.method == "awq" else (), progress=progress)
     if step.method == "smoothquant":
-        smooth(model, stats, alpha=step.alpha, pairs=step.pairs)
+        smooth(model, calibrate(model, calibration, want=(), progress=progress), alpha=step.alpha, pairs=step.pairs)
         return
     if following is None:
         raise ValueError("Smooth('awq') searches what the next Quantize step loses least with, and none follows; use 'smoothquant'")
     schemes = _plan_quantize(model, weights(model), following)
     # experts in different schemes share one scale per channel: the first one's scheme stands for all
-    awq(model, stats, lambda name: schemes.get(name, schemes.get(f"{name}#0")), grid=step.grid)
+    with tempfile.TemporaryDirectory(prefix="edgelab-awq-") as folder:  # read norm by norm: X X^T of all weights need not fit in memory
+        stats = calibrate(model, calibration, want=("xx",), store=folder, progress=progress)
+        awq(model, stats, lambda name: schemes.get(name, schemes.get(f"{name}#0")), grid=step.grid)
 
 
 def _within_budget(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool) -> Allocation:

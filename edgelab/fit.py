@@ -7,8 +7,9 @@
   what the quantized blocks put out: so a block also makes good what those before it have lost.
 - AutoRound on the whole model holds all weights at once, and learns from the original's next-token distributions.
 
-An embedding is looked up and not multiplied: it has no input statistics and is rounded to nearest (with the method's grid), but learns
-with the whole model. So is what no calibration token reached. Experts that few tokens reached borrow: `methods.calibrate.shrink`.
+An embedding is looked up and not multiplied: it has no input statistics, unless it is the head as well, and is rounded to
+nearest (with the method's grid); with the whole model it learns. So is what no calibration token reached. Experts that few
+tokens reached borrow: `methods.calibrate.shrink`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from edgelab.recipe import AutoRound, Gptq, Hqq, Method, Rtn
 from edgelab.scheme import QuantScheme
 
 _START_GRID = 32  # scales tried for the rounding that learning starts from
+_KNOWN = 1 << 26  # log-probabilities of the original that are kept, not computed anew: 256 MiB
 _JUDGING = 0.125  # share of the calibration rows that learning does not see and that judge it
 Schemes = Mapping[str, QuantScheme]
 
@@ -97,7 +99,8 @@ def _by_block(model: nn.Module, schemes: Schemes, method: Method, batches: Seque
     sequential = learning or getattr(method, "sequential", False)
     remaining = {n: s for n, s in schemes.items() if n in names}
     want = ("xx",) if isinstance(method, Gptq) or (learning and method.start == "gptq") else ()
-    for item in walk(model, batches, want=want, sequential=sequential, twin=learning, progress=progress):
+    only = _readers(model, schemes)
+    for item in walk(model, batches, want=want, sequential=sequential, twin=learning, progress=progress, only=only):
         codes = _codes_of_block(model, item, remaining, method, remarks, progress)
         for name in codes:
             remaining.pop(name)
@@ -111,12 +114,25 @@ def _by_block(model: nn.Module, schemes: Schemes, method: Method, batches: Seque
 
 
 def _codes_of_block(model, item: BlockStats, schemes: Schemes, method: Method, remarks: list[str], progress: bool) -> dict[str, QTensor]:
-    stats = {w.name: _usable(w, item, remarks) for w in weights(model) if w.name in item.stats}
-    found = [w for w in by_expert(weights(model), schemes) if w.name in schemes and expert_of(w.name)[0] in item.stats]
-    stats = {w.name: _of_expert(stats, w.name) for w in found}
+    found, stats = _found_in(model, item, schemes, remarks)
     if isinstance(method, AutoRound) and found and item.name not in ("head", "model"):
         return _learn_block(model, item, found, stats, schemes, method, progress)
     return {w.name: round_weight(w, schemes[w.name], method, stats[w.name]) for w in found}
+
+
+def _readers(model: nn.Module, schemes: Schemes) -> dict[str, str]:
+    """{weight whose inputs are wanted: the name under which `schemes` has it}: a tied head goes by its embedding's."""
+    stacks = {expert_of(name)[0] for name in schemes}
+    return {w.name: w.tied_to or w.name for w in weights(model) if (w.tied_to or w.name) in stacks and w.kind in ("linear", "experts")}
+
+
+def _found_in(model, item: BlockStats, schemes: Schemes, remarks: list[str]) -> tuple[list[Weight], dict[str, InputStats | None]]:
+    """The weights (or single experts) of `schemes` that this item has statistics of, and these, ready for use."""
+    listed = weights(model)
+    readers = {reader: name for reader, name in _readers(model, schemes).items() if reader in item.stats}
+    usable = {readers[w.name]: _usable(w, item, remarks) for w in listed if w.name in readers}
+    found = [w for w in by_expert(listed, schemes) if w.name in schemes and expert_of(w.name)[0] in usable]
+    return found, {w.name: _of_expert(usable, w.name) for w in found}
 
 
 def _of_expert(stats: Mapping[str, InputStats | None], name: str) -> InputStats | None:
@@ -229,18 +245,19 @@ def _whole_model(model: nn.Module, schemes: Schemes, method: AutoRound, batches:
     listed = {w.name: w for w in by_expert(weights(model), schemes) if w.name in schemes}
     start: dict[str, QTensor] = {}
     if method.start == "gptq":
-        for item in walk(model, batches, want=("xx",), sequential=False, progress=progress):
-            found = [w for name, w in listed.items() if expert_of(name)[0] in item.stats]
-            stats = {w.name: _usable(w, item, remarks) for w in weights(model) if w.name in item.stats}
-            start |= _starts(found, schemes, method, {w.name: _of_expert(stats, w.name) for w in found})
+        for item in walk(model, batches, want=("xx",), sequential=False, progress=progress, only=_readers(model, schemes)):
+            found, stats = _found_in(model, item, schemes, remarks)
+            start |= _starts(found, schemes, method, stats)
     start |= _starts([w for name, w in listed.items() if name not in start], schemes, method, {})
     rows, held = _split([row for ids in batches for row in ids], method.seed)
     rng = np.random.default_rng(method.seed)
     device = next(model.parameters()).device
 
-    def divergence(values: dict[str, Tensor], ids: Tensor) -> Tensor:
+    def original(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = torch.log_softmax(model(ids, use_cache=False).logits.float(), -1)
+            return torch.log_softmax(model(ids, use_cache=False).logits.float(), -1)
+
+    def divergence(values: dict[str, Tensor], ids: Tensor, wanted: Tensor) -> Tensor:
         with substituted(model, listed, values):
             got = torch.log_softmax(model(ids, use_cache=False).logits.float(), -1)
         return (wanted.exp() * (wanted - got)).sum(-1).mean()
@@ -248,12 +265,21 @@ def _whole_model(model: nn.Module, schemes: Schemes, method: AutoRound, batches:
     def loss(values: dict[str, Tensor], step: int) -> Tensor:
         length = len(rows[int(rng.integers(len(rows)))])
         same = [i for i, row in enumerate(rows) if len(row) == length]
-        ids = torch.stack([rows[i] for i in rng.choice(same, min(method.batch, len(same)), replace=False)])
-        return divergence(values, ids.to(device))
+        ids = torch.stack([rows[i] for i in rng.choice(same, min(method.batch, len(same)), replace=False)]).to(device)
+        return divergence(values, ids, original(ids))
+
+    by_length = {length: torch.stack([row for row in held if len(row) == length]).to(device) for length in {len(row) for row in held}}
+    judged = [ids for same in by_length.values() for ids in same.split(method.batch)]
+    known: dict[int, Tensor] = {}  # what the original says of the judged rows, as far as there is room
 
     def judge(values: dict[str, Tensor]) -> float:
-        each = [float(divergence(values, row[None].to(device))) * len(row) for row in held]
-        return sum(each) / sum(map(len, held))
+        total = 0.0
+        for i, ids in enumerate(judged):
+            wanted = known[i] if i in known else original(ids)
+            if sum(t.numel() for t in known.values()) + wanted.numel() <= _KNOWN:
+                known[i] = wanted
+            total += float(divergence(values, ids, wanted)) * ids.numel()
+        return total / sum(ids.numel() for ids in judged)
 
     with _frozen(model):
         tensors = {name: w.tensor for name, w in listed.items()}

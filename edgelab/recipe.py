@@ -10,8 +10,11 @@ weight as it is, and so does no match at all. A pattern is a shell glob over the
 
 import hashlib
 import json
+import operator
+import sys
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from edgelab.scheme import ActScheme, QuantScheme
 
@@ -30,6 +33,56 @@ def matches(pattern: str, name: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(name, pattern)
 
 
+# --------------------------------------------------------------------------------------------------- settings in range
+
+# (field, type, least, most) of each class; None: no end. A float is finite in any case
+_ABOVE_0 = sys.float_info.min
+_SEED = ("seed", int, 0, 2**63 - 1)  # what NumPy's and torch's generators both take
+_SETTINGS: dict[str, tuple[tuple[str, type, float | None, float | None], ...]] = {
+    "Rtn": (("mse_grid", int, 0, None), ("weighted", bool, None, None)),
+    "Hqq": (("p", float, _ABOVE_0, 1), ("beta", float, _ABOVE_0, None), ("kappa", float, 1, None), ("iterations", int, 1, None)),
+    "Gptq": (
+        ("damping", float, 0, None),
+        ("act_order", bool, None, None),
+        ("mse_grid", int, 0, None),
+        ("rounds", int, 0, None),
+        ("sequential", bool, None, None),
+    ),
+    "AutoRound": (("steps", int, 1, None), ("lr", float, _ABOVE_0, None), ("batch", int, 1, None), _SEED),
+    "Smooth": (("alpha", float, 0, 1), ("grid", int, 1, None), ("pairs", bool, None, None)),
+    "Rotate": (_SEED,),
+}
+
+
+def _check_settings(step) -> None:
+    """Raises ValueError for a setting of `step` that is not of its type and range; leaves plain ints and floats.
+
+    So that equal settings write equal JSON: 1 for a float becomes 1.0, a NumPy integer an int. A bool is no number.
+    """
+    for name, kind, least, most in _SETTINGS[type(step).__name__]:
+        given = getattr(step, name)
+        value = _as(kind, given)
+        top = (sys.float_info.max if kind is float else None) if most is None else most
+        if value is None or (least is not None and value < least) or (top is not None and not value <= top):
+            low = "above 0" if least == _ABOVE_0 else f"of at least {least}"
+            within = low if most is None else f"{low} and at most {most}"
+            rule = {bool: "True or False", int: f"a whole number {within}", float: f"a number {within}"}[kind]
+            raise ValueError(f"{name}={given!r} of {type(step).__name__} must be {rule}")
+        object.__setattr__(step, name, kind(value))
+
+
+def _as(kind: type, given):
+    """`given` when it is a bool, an integer (Python's or NumPy's) or a real number, as `kind` says; None for all else."""
+    if kind is bool or isinstance(given, bool):
+        return given if kind is bool and isinstance(given, bool) else None
+    if kind is float:
+        return given if isinstance(given, Real) else None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
 # ------------------------------------------------------------------------------------------------ how codes are found
 
 
@@ -43,6 +96,9 @@ class Rtn:
     name = "rtn"
     data_free = property(lambda self: not self.weighted)
 
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
 
 @dataclass(frozen=True)
 class Hqq:
@@ -54,6 +110,9 @@ class Hqq:
     iterations: int = 20
     name = "hqq"
     data_free = True
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -71,6 +130,9 @@ class Gptq:
     sequential: bool = True
     name = "gptq"
     data_free = False
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -92,6 +154,7 @@ class AutoRound:
     data_free = False
 
     def __post_init__(self) -> None:
+        _check_settings(self)
         for field, allowed in (("scope", ("block", "model")), ("start", ("rtn", "gptq"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not known; use {' or '.join(map(repr, allowed))}")
@@ -188,19 +251,22 @@ class Quantize:
         settings = {k: v for k, v in asdict(self.method).items() if v != getattr(METHODS[self.method.name](), k)}
         method = {"name": self.method.name, **settings} if settings else self.method.name
         d = {"step": "quantize", "rules": rules, "method": method, "min_expert_share": self.min_expert_share}
-        d |= {} if self.activations is None else {"activations": str(self.activations), "ranges": self.ranges}
-        return d | ({} if self.budget is None else {"budget": self.budget, "choices": list(self.choices)})
+        d |= {} if self.activations is None else {"activations": str(self.activations)}
+        d |= {"ranges": self.ranges} if self.activations is not None or self.ranges != Quantize.ranges else {}
+        d |= {} if self.budget is None else {"budget": self.budget}
+        return d | ({"choices": list(self.choices)} if self.budget is not None or self.choices != Quantize.choices else {})
 
     @classmethod
     def from_dict(cls, d: dict) -> "Quantize":
-        """Raises ValueError for missing rules, and for what is no (pattern, scheme) pair. The rest has defaults."""
+        """Raises ValueError for missing rules, what is no (pattern, scheme) pair, and unknown settings. The rest has defaults."""
+        _refuse_unknown(cls, d)
         if "rules" not in d:
             raise ValueError(f"a quantize step has no 'rules', only {sorted(d)}")
         try:
             rules = tuple((p, None if s is None else QuantScheme.parse(s)) for p, s in d["rules"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"rules {d['rules']!r} of a quantize step can't be read: {error}") from error
-        return cls(rules, **{f.name: d[f.name] for f in fields(cls) if f.name != "rules" and f.name in d})
+        return cls(rules, **{k: v for k, v in d.items() if k not in ("step", "rules")})
 
 
 @dataclass(frozen=True)
@@ -209,6 +275,7 @@ class Smooth:
 
     "smoothquant": max|x|^alpha / max|w|^(1 - alpha) (arXiv 2211.10438, equation 4). "awq": mean|x|^a, with the a of
     `grid` that leaves the least error after rounding as the next `Quantize` step says (arXiv 2306.00978, equation 5).
+    `alpha`: from 0 (all stays in the activations) to 1 (all goes into the weights).
     `pairs`: smoothquant also moves scale between up and down, and between values and output, as awq always does.
     """
 
@@ -220,8 +287,7 @@ class Smooth:
     def __post_init__(self) -> None:
         if self.method not in ("smoothquant", "awq"):
             raise ValueError(f"method={self.method!r} of a Smooth step is not known; use 'smoothquant' or 'awq'")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha!r} must be from 0 (all in the activations) to 1 (all in the weights)")
+        _check_settings(self)
 
     def to_dict(self) -> dict:
         return {"step": "smooth", **asdict(self)}
@@ -234,17 +300,25 @@ class Rotate:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
     def to_dict(self) -> dict:
         return {"step": "rotate", **asdict(self)}
+
+
+def _refuse_unknown(cls: type, d: dict) -> None:
+    known = [f.name for f in fields(cls)]
+    unknown = set(d) - {"step", *known}
+    if unknown:
+        raise ValueError(f"a {cls.__name__.lower()} step has no setting {sorted(unknown)[0]!r}; it has {', '.join(known)}")
 
 
 def _plain_step(cls: type):
     """Reads a step whose settings are plain numbers and texts."""
 
     def read(d: dict):
-        unknown = set(d) - {"step"} - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"a {d['step']} step has no setting {sorted(unknown)[0]!r}")
+        _refuse_unknown(cls, d)
         return cls(**{k: v for k, v in d.items() if k != "step"})
 
     return read

@@ -12,7 +12,7 @@ from test_cli import edgelab, model, text  # noqa: F401 (fixtures)
 
 from edgelab import Recipe, Report, Rtn
 from edgelab.bundle import coverage_of, load_bundle
-from edgelab.compare import METHODS, Comparison, compare, pool
+from edgelab.compare import EIGHT_BITS_ONLY, FOUR_BITS_ONLY, METHODS, Comparison, _digest_of, compare, pool
 from edgelab.data import calibration_batches
 from edgelab.evaluate import measure, summarise
 from edgelab.model import load, load_tokenizer, weights
@@ -130,10 +130,40 @@ def test_pooled_scores_are_the_sums_of_the_domains(parts):
     assert isinstance(report, Report) and report.get(model="same", metric="kld", slice="all").value == 0
 
 
+def test_a_line_is_made_again_for_another_model_and_not_for_the_same(parts):
+    one, two = load(parts[0]), load(parts[0])
+    assert _digest_of(one) == _digest_of(two)
+    router = next(m for m in two.modules() if hasattr(m, "e_score_correction_bias"))
+    router.e_score_correction_bias[0] += 1  # a buffer
+    assert _digest_of(one) != _digest_of(two)
+    two = load(parts[0])
+    two.model.layers[0].mlp.up_proj.weight.data[3, 5] *= -1  # one sign
+    assert _digest_of(one) != _digest_of(two)
+    two = load(parts[0])
+    two.config.num_experts_per_tok = 1
+    assert _digest_of(one) != _digest_of(two)
+
+
+def test_what_a_recipe_leaves_out_is_told(parts, tmp_path):
+    folder, tokenizer, data, calibration = parts
+    from edgelab import Quantize, QuantScheme
+
+    int4 = QuantScheme.parse("int4-g32")
+    own = {"half": Recipe((Quantize((("*.o_proj", int4), ("@embedding", int4)), min_expert_share=0),))}
+    made = compare(
+        folder, tokenizer, data, calibration, methods=(), recipes=own, out=tmp_path, max_docs=DOCS, threads=1, bootstrap=20, progress=False
+    )
+    (line,) = made.lines
+    assert line.coverage < 0.2 and line.bits == 4.5 and line.whole_bits > 12
+    assert "also rounds embedding" in line.notes[-1] and "of the weights)" in made.table()[1]["method"]
+    with pytest.raises(ValueError, match="two lines would be called 'fp'"):
+        compare(folder, tokenizer, data, calibration, methods=(), recipes={"fp": own["half"]}, out=tmp_path)
+
+
 def test_methods_of_one_step_of_bits_take_the_same_bits():
     for bits in (4, 3, 2):
         for name, (scheme_of, _) in METHODS.items():
-            if bits == 4 or not ("nf" in name or "mxfp" in name):
+            if name not in EIGHT_BITS_ONLY and (bits == 4 or name not in FOUR_BITS_ONLY):
                 from edgelab import QuantScheme
 
                 effective = QuantScheme.parse(scheme_of(bits, 32)).bits_per_weight((256, 256))

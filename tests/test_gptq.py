@@ -212,6 +212,27 @@ def test_errors_name_the_weight(change, message):
         gptq(w, xx, QuantScheme.parse("int4-g32"), name="layer.x")
 
 
+@pytest.mark.parametrize("scheme", ["int4-g32", "uint4-g32", "nf4-g64", "int4-row", "int4-tensor"])
+def test_scales_below_float16_are_warned_of(scheme):
+    """Once per expert, also for one that saw no token; the others are not named."""
+    (w, xx), scheme = problem(seed=13), QuantScheme.parse(scheme)
+    for moments in (xx, torch.zeros_like(xx)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            q = gptq(torch.stack([w, w * 1e-9]), torch.stack([xx, moments]), scheme, name="layer.x")
+        small = [str(t.message) for t in told if "are so small" in str(t.message)]
+        assert len(small) == 1 and small[0].startswith("layer.x[1]: ")
+        assert not q[1].dequantize().any() and q[0].dequantize().any()
+
+
+def test_powers_of_two_as_scales_hold_small_weights():
+    w, xx = problem(seed=14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q = gptq(w * 1e-9, xx, QuantScheme.parse("mxfp4-g32"))
+    assert np.abs(q.dequantize() / 1e-9 - w.numpy()).max() < 0.3 * float(w.abs().max())
+
+
 @pytest.mark.parametrize("setting", [{"damping": -1.0}, {"damping": float("nan")}, {"block": 0}, {"rounds": -1}])
 def test_settings_are_checked(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

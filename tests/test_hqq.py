@@ -1,5 +1,7 @@
 """HQQ against its equations written out in NumPy float64, against the original's loop, and what it promises."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +132,14 @@ def test_no_iterations_is_round_to_nearest_and_constants_stay():
 def test_errors_name_the_way_out(weight, scheme, setting, message):
     with pytest.raises(ValueError, match=message):
         hqq(weight, QuantScheme.parse(scheme), name="layer.x", **setting)
+
+
+@pytest.mark.parametrize("scheme", ["uint4-g32", "uint3-row", "uint2-tensor"])
+def test_scales_below_float16_are_warned_of(scheme):
+    scheme = QuantScheme.parse(scheme)
+    with pytest.warns(UserWarning, match=r"layer.x: (\d) of \1 groups are so small \(largest weight .*rescale the weight or keep it"):
+        q = hqq(torch.randn(2, 64) * 1e-9, scheme, name="layer.x")
+    assert not q.dequantize().any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hqq(torch.randn(2, 64), scheme)

@@ -4,14 +4,18 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import find, given
 from hypothesis import strategies as st
 
 from edgelab.qtensor import QTensor
-from edgelab.scheme import BITS, PerChannel, PerGroup, PerTensor, QuantScheme
+from edgelab.scheme import BITS, CODEBOOKS, PerChannel, PerGroup, PerTensor, QuantScheme
 
 granularities = st.one_of(st.just(PerTensor()), st.just(PerChannel()), st.integers(1, 32).map(lambda n: PerGroup(8 * n)))
-schemes = st.builds(QuantScheme, st.sampled_from(BITS), granularities)
+schemes = st.one_of(
+    st.builds(QuantScheme, st.sampled_from(BITS), granularities, st.sampled_from(["int", "uint"])),
+    st.builds(QuantScheme, st.just(4), granularities, st.sampled_from(["nf", "fp"])),
+    st.just(QuantScheme(4, PerGroup(32), "mxfp")),
+)
 
 
 @given(schemes)
@@ -19,13 +23,20 @@ def test_text_round_trip(scheme):
     assert QuantScheme.parse(str(scheme)) == scheme
 
 
+def test_every_codebook_is_drawn():
+    for codebook in CODEBOOKS:
+        find(schemes, lambda s, c=codebook: s.codebook == c)
+
+
 @given(schemes, st.integers(1, 3), st.integers(1, 5), st.integers(1, 50), st.booleans())
 def test_nbytes_is_what_the_tensor_takes(scheme, experts, out, n, stack):
     if isinstance(scheme.granularity, PerGroup):
         n = scheme.granularity.size * (1 + n % 2)
     shape = (experts, out, n) if stack else (out, n)
-    q = QTensor.from_codes(np.zeros(shape, np.uint8), np.zeros(scheme.scales_shape(shape), np.float16), scheme)
-    assert scheme.nbytes(shape) == q.packed.nbytes + q.scales.nbytes == q.nbytes
+    scales = np.zeros(scheme.scales_shape(shape), scheme.scale_dtype)
+    offsets = np.zeros(scales.shape, np.float16) if scheme.asymmetric else None
+    q = QTensor.from_codes(np.zeros(shape, np.uint8), scales, scheme, offsets)
+    assert scheme.nbytes(shape) == q.packed.nbytes + q.scales.nbytes + (0 if offsets is None else q.offsets.nbytes) == q.nbytes
     assert scheme.bits_per_weight(shape) == 8 * q.nbytes / np.prod(shape)
 
 

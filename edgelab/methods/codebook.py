@@ -9,6 +9,7 @@ A code stands for scale * level (+ offset). Every method that fits codes works w
                 meet ties often, for the scale is a power of two
 """
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -95,6 +96,23 @@ def check_weight(weight: Tensor, scheme: QuantScheme) -> None:
         raise ValueError(
             f"weight holds {broken} NaN or infinite values of {weight.numel()}; "
             "repair the checkpoint, or keep this weight as it is with a rule (pattern, None)"
+        )
+
+
+def warn_of_small_scales(weight: Tensor, scheme: QuantScheme, name: str) -> None:
+    """Warns, with the `name` of a checked weight, of groups whose scale float16 can't hold to half a step, or at all."""
+    if scheme.codebook == "mxfp":
+        return  # powers of two down to 2**-126
+    low, high = weight.detach().reshape(-1, unit_of(scheme, tuple(weight.shape))).aminmax(dim=1)
+    largest = torch.maximum(-low, high).double()
+    steps = {"int": scheme.zero_point, "uint": scheme.levels - 1}.get(scheme.codebook, 1)
+    exact = ((high.double() - low) if scheme.asymmetric else largest) / steps
+    small = (exact.half().double() - exact).abs() * scheme.levels > exact  # false where float16 overflows: `rtn.fit` raises
+    if small.any() and torch.isfinite(exact.half()).all():
+        warnings.warn(
+            f"{name}: {int(small.sum())} of {len(exact)} groups are so small (largest weight {float(largest[small].max()):.3g}) that "
+            "float16 can't hold their scale: they lose precision or become zero; rescale the weight or keep it with a rule (pattern, None)",
+            stacklevel=3,
         )
 
 

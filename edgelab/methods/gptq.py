@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.methods.codebook import check_weight, codes_of, divisor, nearest, pack, stored
+from edgelab.methods.codebook import check_weight, codes_of, divisor, nearest, pack, stored, warn_of_small_scales
 from edgelab.methods.rtn import fit, fit_weight, round_to_nearest
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, PerTensor, QuantScheme
@@ -71,6 +71,7 @@ def gptq(
     products of whole matrices, a matter of speed only. `rounds` of refinement. Experts are done one by one; all rows at once.
 
     Raises ValueError for NaN or infinity in either, shapes that don't fit, or an `xx` that no bounded damping makes positive definite.
+    Warns, as `round_to_nearest` does, of groups too small for a float16 scale.
 
     >>> w, x = torch.tensor([[0.35, 0.35, -4.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two act together
     >>> gptq(w, x.T @ x, QuantScheme.parse("int4-row"), mse_grid=0, rounds=0).dequantize()  # to nearest: 0.5 + 0.5 for 0.7
@@ -110,6 +111,7 @@ def _one(
     if not h.any():
         warnings.warn(f"{name} saw no token in calibration (xx is zero): rounded to nearest instead", stacklevel=3)
         return round_to_nearest(weight, scheme, mse_grid=grid, name=name)
+    warn_of_small_scales(weight, scheme, name)
     h, diagonal = _damped(h, damping, name)
     n = len(h)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=h.device)

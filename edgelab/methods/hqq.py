@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.methods.codebook import check_weight, codes_of, divided, nearest, pack, stored, unit_of
+from edgelab.methods.codebook import check_weight, codes_of, divided, nearest, pack, stored, unit_of, warn_of_small_scales
 from edgelab.methods.rtn import fit
 from edgelab.qtensor import QTensor
 from edgelab.scheme import QuantScheme
@@ -44,7 +44,7 @@ def hqq(
 ) -> QTensor:
     """The `QTensor` of `weight` [out, in] or [experts, out, in] with an asymmetric scheme, offsets fitted by HQQ.
 
-    Raises ValueError for a symmetric scheme, for settings out of range, and as `round_to_nearest` does.
+    Raises ValueError for a symmetric scheme, for settings out of range, and as `round_to_nearest` does; warns as it does.
 
     >>> w = torch.tensor([[0.0, 0.1, 1.0, 1.1, 2.0, 2.1, 3.0, 3.5]])  # 3.5 stretches the range: steps of 3.5 / 3
     >>> q = hqq(w, QuantScheme.parse("uint2-row"))
@@ -56,6 +56,7 @@ def hqq(
     if not 0 < p <= 1 or not beta > 0 or not kappa >= 1 or iterations < 0:
         raise ValueError(f"p={p!r}, beta={beta!r}, kappa={kappa!r}, iterations={iterations!r}: HQQ needs 0 < p <= 1, beta > 0, kappa >= 1")
     check_weight(weight, scheme)
+    warn_of_small_scales(weight, scheme, name)
     rows = weight.detach().reshape(-1, unit_of(scheme, tuple(weight.shape)))
     parts = []
     for chunk in rows.split(max(1, _CHUNK // rows.shape[1])):

@@ -21,13 +21,11 @@ llama.cpp's imatrix). Then two rounds of least squares: given levels c, the best
 and given the scale the best levels are the nearest ones. A candidate is taken only where the error falls.
 """
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.methods.codebook import check_weight, codes_of, divided, nearest, pack, stored, unit_of
+from edgelab.methods.codebook import check_weight, codes_of, divided, nearest, pack, stored, unit_of, warn_of_small_scales
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerTensor, QuantScheme
 
@@ -60,7 +58,7 @@ def round_to_nearest(
     check_weight(weight, scheme)
     if importance is not None:
         importance = _checked_importance(importance, weight)
-    _warn_of_small_scales(weight.detach().reshape(-1, unit_of(scheme, tuple(weight.shape))), scheme, name)
+    warn_of_small_scales(weight, scheme, name)
     codes, scale, offset = fit_weight(weight.detach(), scheme, mse_grid, importance)
     return pack(codes, scale, offset, scheme, tuple(weight.shape))
 
@@ -188,19 +186,3 @@ def _importance_of(importance: Tensor, first: int, last: int, scheme: QuantSchem
         h = importance.reshape(len(importance) * groups, -1)
         h = h[index // (shape[-2] * groups) * groups + index % groups]
     return torch.where(h.sum(1, keepdim=True) > 0, h, 1.0)
-
-
-def _warn_of_small_scales(rows: Tensor, scheme: QuantScheme, name: str) -> None:
-    if scheme.codebook == "mxfp":
-        return  # powers of two down to 2**-126
-    low, high = rows.aminmax(dim=1)
-    largest = torch.maximum(-low, high).double()
-    steps = {"int": scheme.zero_point, "uint": scheme.levels - 1}.get(scheme.codebook, 1)
-    exact = ((high.double() - low) if scheme.asymmetric else largest) / steps
-    small = (exact.half().double() - exact).abs() * scheme.levels > exact  # false where float16 overflows: fit raises
-    if small.any() and torch.isfinite(exact.half()).all():
-        warnings.warn(
-            f"{name}: {int(small.sum())} of {len(exact)} groups are so small (largest weight {float(largest[small].max()):.3g}) that "
-            "float16 can't hold their scale: they lose precision or become zero; rescale the weight or keep it with a rule (pattern, None)",
-            stacklevel=3,
-        )
