@@ -289,7 +289,7 @@ def compare(
             for method in chosen:
                 if method not in tools.peer(peer).methods:
                     raise ValueError(f"method {method!r} of {peer} is not one of {', '.join(tools.peer(peer).methods)}")
-                jobs.append((f"{peer} {method} {b}-g{group}", method, {"peer": peer, "bits": b, "group": group}))
+                jobs.append((f"{peer} {method} {b}-g{group}", method, {"peer": peer, "method": method, "bits": b, "group": group}))
     for name, recipe in (recipes or {}).items():
         jobs.append((name, name, {"recipe": recipe.to_json(), "scheme": "own recipe"}))
 
