@@ -25,7 +25,7 @@ lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-test: $(VENV)/.test-lab-export ## all tests, and the notebooks top to bottom (ARGS="-k name" chooses)
+test: $(VENV)/.test-lab-export-bnb ## all tests, and the notebooks top to bottom (ARGS="-k name" chooses)
 	@$(BIN)/python -m pytest --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 

@@ -467,7 +467,8 @@ class StaircaseControl:
             raise ValueError(f"{self.bits.value} bits were not measured; use {', '.join(map(str, self._bits[:-1]))} or {self._bits[-1]}")
         key = (self.method.value, QuantScheme(self.bits.value, self.group.value))
         if key not in self._points:
-            raise ValueError(f"{key[0]} at {key[1]} was not measured")
+            there = ", ".join(str(s) for m, s in self._points if m == key[0])
+            raise ValueError(f"{key[0]} at {key[1]} was not measured; use one of {there}")
         return self._points[key]
 
     def choose(self, name: str) -> Point | None:

@@ -155,9 +155,13 @@ def test_the_control_shows_what_was_measured_and_says_what_was_not(stairs):
     assert "5 bits were not measured; use 2, 3, 4 or 8" in str(control.error) and 'role="alert"' in control.sentence.value
     control.bits.value = 8
     assert control.error is None and control.slider.value == 3 and "alert" not in control.sentence.value
+    del stairs["gptq int8-g32"]
+    control = lab.StaircaseControl(stairs)
+    control.bits.value = 8
+    assert "gptq at int8-g32 was not measured; use one of int2-g32, int3-g32, int4-g32" in str(control.error)
     with pytest.raises(ValueError, match="'rtn int3-g64' was not measured"):
         control.choose("rtn int3-g64")
-    assert control.choose("rtn int2-g32") is stairs["rtn int2-g32"]
+    assert control.choose("rtn int2-g32") is stairs["rtn int2-g32"] and control.error is None
     assert "stands at rtn, int2-g32" in repr(control)
 
 
