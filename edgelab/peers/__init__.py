@@ -57,7 +57,7 @@ PEERS: dict[str, Peer] = {
         ),
         Peer(
             "llmcompressor",
-            ("gptq", "gptq-mse", "awq", "awq-gptq", "smoothquant-gptq-w8a8", "rtn"),
+            ("gptq", "gptq-mse", "awq", "smoothquant-gptq-w8a8", "rtn"),
             ("llmcompressor==0.14.0.1", "transformers==5.17.0", "safetensors==0.8.0"),
             "GPTQ, AWQ, SmoothQuant",
         ),

@@ -150,7 +150,7 @@ def gptqmodel(job: Job, model: nn.Module, ids: Tensor) -> Outcome:
 
 
 def llmcompressor(job: Job, model: nn.Module, ids: Tensor) -> Outcome:
-    """vLLM's LLM Compressor: GPTQ ("-mse": scales by its MSE observer), AWQ, both, SmoothQuant with GPTQ at W8A8, RTN.
+    """vLLM's LLM Compressor: GPTQ ("-mse": scales by its MSE observer), AWQ, SmoothQuant with GPTQ at W8A8, RTN.
 
     Of "smoothquant-gptq-w8a8" only the weights are handed back: per row, 8 bits, for activations of 8 bits per token.
     """
@@ -161,7 +161,7 @@ def llmcompressor(job: Job, model: nn.Module, ids: Tensor) -> Outcome:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    known = ("gptq", "gptq-mse", "awq", "awq-gptq", "smoothquant-gptq-w8a8", "rtn")
+    known = ("gptq", "gptq-mse", "awq", "smoothquant-gptq-w8a8", "rtn")
     if job.method not in known:
         raise no_method(job, known)
     w8a8 = job.method.endswith("w8a8")
