@@ -87,7 +87,7 @@ def matrix_error(weight: Tensor, values: QTensor | Tensor, xx: Tensor, method: s
 def narrow_range(weight: Tensor, bits: int = 4, group: int = 32) -> Tensor:
     """The values of `weight` [out, in] rounded to nearest with scale = max|w| / (2^(b-1) - 1): one code is never used.
 
-    >>> narrow_range(torch.tensor([[0.7, -0.33] + [0.0] * 6]), group=8)[0, :2]
+    >>> narrow_range(torch.tensor([[0.7, -0.33] + [0.0] * 6]), group=8)[0, :2].round(decimals=2)
     tensor([ 0.7000, -0.3000])
     """
     top = 2 ** (bits - 1) - 1
