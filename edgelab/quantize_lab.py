@@ -584,12 +584,19 @@ def channels_figure(before: InputStats, after: InputStats) -> go.Figure:
     fig.update_xaxes(title_text="channel, from the largest")
     fig.update_yaxes(title_text="largest |x| in calibration", type="log")
     for i, (name, stats) in enumerate((("as it is", before), ("outliers planted", after))):
-        y = stats.absmax.flatten().sort(descending=True).values.tolist()
+        y = stats.absmax.flatten().sort(descending=True).values
+        at = np.unique(
+            np.append(np.arange(min(12, len(y))), np.linspace(0, len(y) - 1, 40).astype(int))
+        )  # the outliers, then some of the rest
         fig.add_scatter(
-            x=list(range(1, len(y) + 1)), y=y, mode="lines+markers", name=name, line={"color": plots.OKABE_ITO[i]},
+            x=(at + 1).tolist(),
+            y=[float(f"{v:.4g}") for v in y[at].tolist()],
+            mode="lines+markers",
+            name=name,
+            line={"color": plots.OKABE_ITO[i]},
             marker={"color": plots.OKABE_ITO[i], "symbol": plots.SYMBOLS[i], "size": 5},
             hovertemplate="%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
-        )  # fmt: skip
+        )
     return fig
 
 
