@@ -127,6 +127,9 @@ class Comparison:
         """A dict per line, numbers as numbers; intervals are (low, high). The original comes first."""
         return [self._row("fp"), *(self._row(line.name) for line in self.lines)]
 
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(line.name for line in self.lines)}; {len(self.report)} rows)"
+
     def _row(self, name: str) -> dict[str, object]:
         line = next((x for x in self.lines if x.name == name), None)
         found = {(r.metric, r.slice): r for r in self.report.where(model=name)}
@@ -340,7 +343,7 @@ def compare(
         report += Report(tuple(r for r in part if first == 0 or r.model != "fp"))
     rounded, whole = sum(w.tensor.numel() for w in body), sum(p.numel() for p in model.parameters())
     facts = {
-        "model": str(model_dir),
+        "model": Path(model_dir).name,
         "weights rounded": f"{rounded:,} of {whole:,}",
         "calibration tokens": int(ids.numel()),
         "corpus": report.rows[0].corpus,
