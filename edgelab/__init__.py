@@ -12,13 +12,26 @@ from types import ModuleType as _ModuleType
 
 from edgelab.qtensor import QTensor as QTensor
 from edgelab.recipe import AutoRound as AutoRound
+from edgelab.recipe import Distill as Distill
+from edgelab.recipe import DropExperts as DropExperts
+from edgelab.recipe import DropLayers as DropLayers
+from edgelab.recipe import EarlyExit as EarlyExit
+from edgelab.recipe import FineTune as FineTune
 from edgelab.recipe import Gptq as Gptq
 from edgelab.recipe import Hqq as Hqq
+from edgelab.recipe import MergeExperts as MergeExperts
+from edgelab.recipe import Prune as Prune
+from edgelab.recipe import PruneChannels as PruneChannels
+from edgelab.recipe import PruneHeads as PruneHeads
+from edgelab.recipe import Qat as Qat
 from edgelab.recipe import Quantize as Quantize
 from edgelab.recipe import Recipe as Recipe
 from edgelab.recipe import Rotate as Rotate
+from edgelab.recipe import Route as Route
 from edgelab.recipe import Rtn as Rtn
+from edgelab.recipe import SkipChannels as SkipChannels
 from edgelab.recipe import Smooth as Smooth
+from edgelab.recipe import SparseAttention as SparseAttention
 from edgelab.report import Report as Report
 from edgelab.report import Row as Row
 from edgelab.scheme import ActScheme as ActScheme

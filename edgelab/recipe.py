@@ -1,7 +1,14 @@
 """`Recipe`: what is done to a model, as data. Ordered frozen steps, JSON round trip, content hash.
 
-Steps that leave the function of a model as it is and make it easier to round: `Smooth` (SmoothQuant, AWQ) moves scale
-from activations into weights, `Rotate` turns the residual stream. They come before the step that rounds: `Quantize`.
+    structure   DropExperts, MergeExperts, PruneChannels, PruneHeads, DropLayers    the model itself gets smaller
+    zeros       Prune                                                               weights that are zero from then on
+    function    Smooth, Rotate                                                      the same function, easier to round
+    codes       Quantize                                                            low bits
+    learning    Distill, FineTune                                                   quality back
+    run time    Route, SkipChannels, SparseAttention, EarlyExit                     weights stay; less is computed
+
+Any order that makes sense is allowed, `compress` says why another does not: what changes floating-point weights comes
+before `Quantize`; after it, learning is left with scales, norms and adapters (`train=`).
 
 A `Quantize` step holds rules (pattern, scheme): the first pattern that matches a weight decides; scheme None keeps the
 weight as it is, and so does no match at all. A pattern is a shell glob over the weight's name
@@ -49,8 +56,49 @@ _SETTINGS: dict[str, tuple[tuple[str, type, float | None, float | None], ...]] =
         ("sequential", bool, None, None),
     ),
     "AutoRound": (("steps", int, 1, None), ("lr", float, _ABOVE_0, None), ("batch", int, 1, None), _SEED),
+    "Qat": (
+        ("steps", int, 1, None),
+        ("lr", float, _ABOVE_0, None),
+        ("scale_lr", float, 0, None),
+        ("batch", int, 1, None),
+        ("alpha", float, 0, 1),
+        ("temperature", float, _ABOVE_0, None),
+        _SEED,
+    ),
     "Smooth": (("alpha", float, 0, 1), ("grid", int, 1, None), ("pairs", bool, None, None)),
     "Rotate": (_SEED,),
+    "DropExperts": (("share", float, 0, 1), _SEED),
+    "MergeExperts": (("share", float, 0, 1),),
+    "PruneChannels": (("share", float, 0, 1), _SEED),
+    "PruneHeads": (("share", float, 0, 1), _SEED),
+    "DropLayers": (("count", int, 1, None),),
+    "Prune": (("sparsity", float, 0, 1), ("damping", float, 0, None)),
+    "Route": (),
+    "SkipChannels": (("share", float, 0, 1),),
+    "SparseAttention": (("window", int, 1, None), ("stride", int, 1, None)),
+    "EarlyExit": (("after", int, 1, None), ("agreement", float, 0, 1), ("steps", int, 0, None), ("lr", float, _ABOVE_0, None), _SEED),
+    "Distill": (
+        ("steps", int, 1, None),
+        ("lr", float, _ABOVE_0, None),
+        ("batch", int, 1, None),
+        ("temperature", float, _ABOVE_0, None),
+        ("alpha", float, 0, 1),
+        ("beta", float, 0, 1),
+        ("hidden", float, 0, None),
+        ("samples", int, 0, None),
+        ("rank", int, 1, None),
+        ("patience", int, 0, None),
+        _SEED,
+    ),
+    "FineTune": (
+        ("steps", int, 1, None),
+        ("lr", float, _ABOVE_0, None),
+        ("batch", int, 1, None),
+        ("l1", float, 0, None),
+        ("rank", int, 1, None),
+        ("patience", int, 0, None),
+        _SEED,
+    ),
 }
 
 
@@ -69,6 +117,11 @@ def _check_settings(step) -> None:
             rule = {bool: "True or False", int: f"a whole number {within}", float: f"a number {within}"}[kind]
             raise ValueError(f"{name}={given!r} of {type(step).__name__} must be {rule}")
         object.__setattr__(step, name, kind(value))
+
+
+def _one_of(step, field: str, allowed: tuple[str, ...]) -> None:
+    if getattr(step, field) not in allowed:
+        raise ValueError(f"{field}={getattr(step, field)!r} of {type(step).__name__} is not known; use one of {', '.join(allowed)}")
 
 
 def _as(kind: type, given):
@@ -155,13 +208,40 @@ class AutoRound:
 
     def __post_init__(self) -> None:
         _check_settings(self)
-        for field, allowed in (("scope", ("block", "model")), ("start", ("rtn", "gptq"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not known; use {' or '.join(map(repr, allowed))}")
+        _one_of(self, "scope", ("block", "model"))
+        _one_of(self, "start", ("rtn", "gptq"))
 
 
-Method = Rtn | Hqq | Gptq | AutoRound
-METHODS: dict[str, type] = {m.name: m for m in (Rtn, Hqq, Gptq, AutoRound)}
+@dataclass(frozen=True)
+class Qat:
+    """Quantization-aware training (`methods/qat.py`): all weights learn while the selected ones compute as rounded.
+
+    `step_size`: "lsq" learns the scales too (arXiv 1902.08153), at `scale_lr` times the rate of the weights; "max" takes
+    them from the weights at each step. The gradient goes straight through the rounding (arXiv 1308.3432). Loss: alpha
+    T^2 KL(original || rounded) + (1 - alpha) cross entropy, T = `temperature`. `start`: "rtn", or "gptq" for its scales.
+    Learns from the training batches; `batch` counts sequences.
+    """
+
+    steps: int = 500
+    lr: float = 3e-4
+    scale_lr: float = 1.0
+    batch: int = 8
+    step_size: str = "lsq"
+    start: str = "rtn"
+    alpha: float = 1.0
+    temperature: float = 1.0
+    seed: int = 0
+    name = "qat"
+    data_free = False
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "step_size", ("lsq", "max"))
+        _one_of(self, "start", ("rtn", "gptq"))
+
+
+Method = Rtn | Hqq | Gptq | AutoRound | Qat
+METHODS: dict[str, type] = {m.name: m for m in (Rtn, Hqq, Gptq, AutoRound, Qat)}
 
 
 def method_of(given: "Method | str | dict") -> Method:
@@ -307,6 +387,327 @@ class Rotate:
         return {"step": "rotate", **asdict(self)}
 
 
+# ---------------------------------------------------------------------------------------------------------- structure
+
+
+@dataclass(frozen=True)
+class DropExperts:
+    """Take `share` of the experts out of each mixture (as many of each layer, rounded to whole experts; never below top-k).
+
+    `method` says which go, those with the least: "reap" mean over routed tokens of gate times output norm
+    (github.com/CerebrasResearch/reap), "gate_mass" sum of gates, "frequency" tokens; "naee": the subset that rebuilds the
+    layer's output best (arXiv 2402.14800); "random" by `seed`. The router loses their rows and renormalises over the rest.
+    """
+
+    share: float = 0.5
+    method: str = "reap"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "method", ("reap", "gate_mass", "frequency", "naee", "random"))
+
+    @property
+    def data_free(self) -> bool:
+        return self.method == "random"
+
+    def to_dict(self) -> dict:
+        return {"step": "drop_experts", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class MergeExperts:
+    """Leave 1 - `share` of the experts in each mixture: alike ones are averaged, weighted by how often they are used.
+
+    `method`: "outputs" clusters by mean output on the calibration data, average linkage (HC-SMoE, arXiv 2410.08589);
+    "router" groups around the most used experts by the likeness of router logits (M-SMoE, arXiv 2310.01334). The members of
+    a cluster are one expert afterwards; the router keeps the row of the one that was used most.
+    """
+
+    share: float = 0.5
+    method: str = "outputs"
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "method", ("outputs", "router"))
+
+    def to_dict(self) -> dict:
+        return {"step": "merge_experts", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PruneChannels:
+    """Take `share` of the inner channels out of every feed-forward layer: rows of gate and up with the column of down.
+
+    `method`: "activation" least E[h^2] |down column|^2 (what the output loses), "magnitude" least norms of the three,
+    "random". Experts each lose their own channels. `multiple`: what remains is a multiple of it, so that groups of scales fit.
+    """
+
+    share: float = 0.3
+    method: str = "activation"
+    multiple: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "method", ("activation", "magnitude", "random"))
+        if not isinstance(self.multiple, int) or isinstance(self.multiple, bool) or self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple!r} of PruneChannels must be a whole number of at least 1")
+
+    @property
+    def data_free(self) -> bool:
+        return self.method != "activation"
+
+    def to_dict(self) -> dict:
+        return {"step": "prune_channels", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PruneHeads:
+    """Take `share` of the attention heads out of each layer; of grouped-query attention whole groups: keys, values and their queries.
+
+    `method`: "activation" least E[|output of the head|^2] after o_proj, "magnitude", "random".
+    """
+
+    share: float = 0.25
+    method: str = "activation"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "method", ("activation", "magnitude", "random"))
+
+    @property
+    def data_free(self) -> bool:
+        return self.method != "activation"
+
+    def to_dict(self) -> dict:
+        return {"step": "prune_heads", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class DropLayers:
+    """Take out the `count` decoder blocks that change the hidden states least: block influence 1 - E[cos(in, out)] (ShortGPT,
+    arXiv 2403.03853)."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+    def to_dict(self) -> dict:
+        return {"step": "drop_layers", **asdict(self)}
+
+
+# -------------------------------------------------------------------------------------------------------------- zeros
+
+_BODY = ("@attention", "@mlp", "@experts", "@shared", "@linear")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Set weights to zero; whatever comes later keeps them there.
+
+    `sparsity`: the share that becomes zero. `pattern`: "unstructured", or "n:m" such as "2:4": n of every m inputs stay.
+    `method`: "magnitude"; "wanda" |w| |x|_2 compared within a row (arXiv 2306.11695); "sparsegpt" w^2 / [H^-1]_jj, and the
+    others make good what is lost (arXiv 2301.00774). `schedule`: "uniform" in each weight, "global" one threshold for all
+    (magnitude, wanda), "sensitivity" more where a scan says that it costs less. `threshold`: all |w| below it, instead of a
+    share. `select`: patterns of the weights that are pruned.
+    """
+
+    sparsity: float = 0.5
+    method: str = "wanda"
+    pattern: str = "unstructured"
+    schedule: str = "uniform"
+    threshold: float | None = None
+    select: tuple[str, ...] = _BODY
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "method", ("magnitude", "wanda", "sparsegpt"))
+        _one_of(self, "schedule", ("uniform", "global", "sensitivity"))
+        object.__setattr__(self, "select", tuple((self.select,) if isinstance(self.select, str) else self.select))
+        if self.pattern != "unstructured":
+            n, _, m = str(self.pattern).partition(":")
+            if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+                raise ValueError(f"pattern={self.pattern!r} of Prune is not known; use 'unstructured', or 'n:m' such as '2:4'")
+            if self.schedule != "uniform":
+                raise ValueError(f"pattern={self.pattern!r} leaves as many weights everywhere; schedule={self.schedule!r} has no choice")
+            object.__setattr__(self, "sparsity", 1 - int(n) / int(m))
+        if self.threshold is not None:
+            bad = isinstance(self.threshold, bool) or not isinstance(self.threshold, Real) or not 0 <= self.threshold < float("inf")
+            if bad or self.method != "magnitude" or self.pattern != "unstructured" or self.schedule != "uniform":
+                raise ValueError(
+                    f"threshold={self.threshold!r} is a magnitude of at least 0 below which weights go; it takes method='magnitude'"
+                )
+        if self.schedule == "global" and self.method == "sparsegpt":
+            raise ValueError("schedule='global' compares all weights; sparsegpt chooses as it goes: use 'uniform' or 'sensitivity'")
+        _check_patterns(self.select)
+
+    @property
+    def data_free(self) -> bool:
+        return self.method == "magnitude" and self.schedule != "sensitivity"
+
+    def to_dict(self) -> dict:
+        return {"step": "prune", **asdict(self), "select": list(self.select)}
+
+
+def _check_patterns(patterns: tuple[str, ...]) -> None:
+    if not patterns:
+        raise ValueError("select=() selects nothing; give patterns such as '@mlp' or '*.down_proj'")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or (pattern.startswith("@") and pattern[1:] not in ROLES):
+            raise ValueError(f"pattern={pattern!r} is no glob and no role; roles are {', '.join('@' + r for r in ROLES)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ run time
+
+
+@dataclass(frozen=True)
+class Route:
+    """How many experts a token gets. `top_k`: another number than the model was trained with.
+
+    `top_p`: the fewest experts whose gates reach this share of all gates, at most top_k (arXiv 2403.07652). `skip`: beta; an
+    expert whose gate is below beta times the first one's is left out (arXiv 2402.14800, section 3.3). Gates are normalised
+    over those that stay, if the router normalises.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    skip: float | None = None
+    data_free = True
+
+    def __post_init__(self) -> None:
+        if (self.top_k, self.top_p, self.skip) == (None, None, None):
+            raise ValueError("Route() changes nothing; give top_k, top_p or skip")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k={self.top_k!r} of Route must be a whole number of at least 1")
+        for field in ("top_p", "skip"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1):
+                raise ValueError(f"{field}={value!r} of Route must be above 0 and at most 1")
+
+    def to_dict(self) -> dict:
+        return {"step": "route", **{k: v for k, v in asdict(self).items() if v is not None}}
+
+
+@dataclass(frozen=True)
+class SkipChannels:
+    """Dynamic channel pruning: for each token, the `share` of a feed-forward layer's inner channels with the least |h| is left
+    out of the down product (all channels for another token may be others)."""
+
+    share: float = 0.5
+    data_free = True
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+    def to_dict(self) -> dict:
+        return {"step": "skip_channels", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """A token attends to the last `window` tokens and to every `stride`-th of all before (local + strided, arXiv 1904.10509)."""
+
+    window: int = 32
+    stride: int = 16
+    data_free = True
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+    def to_dict(self) -> dict:
+        return {"step": "sparse_attention", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """An exit behind block `after` (1 is the first): where its own prediction is confident enough, the deeper blocks are left out.
+
+    The exit is a norm and a square matrix before the model's own head, learnt in `steps` from the whole model's predictions
+    on the calibration data, half of which is held back: there the confidence is chosen at which at least `agreement` of the
+    tokens that leave early get the token that the whole model gives (CALM, arXiv 2207.07061).
+    """
+
+    after: int = 2
+    agreement: float = 0.98
+    steps: int = 200
+    lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+    def to_dict(self) -> dict:
+        return {"step": "early_exit", **asdict(self)}
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+_TRAIN = ("all", "lora", "scales", "norms")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Learn from the teacher's next-token distributions: alpha T^2 D(teacher, student) + (1 - alpha) cross entropy.
+
+    `loss`, D: "forward" KL(teacher || student) (arXiv 1503.02531), "reverse", "jsd" the generalised Jensen-Shannon divergence
+    with `beta` (GKD, arXiv 2306.13649), "skew" KL(teacher || beta teacher + (1 - beta) student) (DistiLLM, arXiv 2402.03898).
+    `hidden`: weight of the mean squared error between hidden states, layers mapped evenly. `samples` > 0: the teacher's
+    distribution stands as so many tokens drawn from it, read once and kept (arXiv 2503.16870).
+
+    `train`: "all" floating-point weights, "lora" adapters of `rank` (arXiv 2106.09685), "scales" those of the codes and the
+    norms (after Quantize; EfficientQAT, arXiv 2407.11062), "norms". `patience`: stop after so many judgements without gain,
+    0: never; the best state is kept. The teacher is the model that `compress` was given, or `teacher=`.
+    """
+
+    steps: int = 500
+    lr: float = 1e-3
+    batch: int = 8
+    loss: str = "forward"
+    temperature: float = 1.0
+    alpha: float = 1.0
+    beta: float = 0.1
+    hidden: float = 0.0
+    samples: int = 0
+    train: str = "all"
+    rank: int = 8
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "loss", ("forward", "reverse", "jsd", "skew"))
+        _one_of(self, "train", _TRAIN)
+
+    def to_dict(self) -> dict:
+        return {"step": "distill", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Learn from the text alone: cross entropy on the training batches. `l1`: weight of mean |w| of the matrices, which drives
+    small weights to zero for `Prune(threshold=...)`. The other settings as in `Distill`."""
+
+    steps: int = 500
+    lr: float = 1e-3
+    batch: int = 8
+    l1: float = 0.0
+    train: str = "all"
+    rank: int = 8
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        _one_of(self, "train", _TRAIN)
+
+    def to_dict(self) -> dict:
+        return {"step": "fine_tune", **asdict(self)}
+
+
 def _refuse_unknown(cls: type, d: dict) -> None:
     known = [f.name for f in fields(cls)]
     unknown = set(d) - {"step", *known}
@@ -324,8 +725,37 @@ def _plain_step(cls: type):
     return read
 
 
-Step = Quantize | Smooth | Rotate
-_STEPS = {"quantize": Quantize.from_dict, "smooth": _plain_step(Smooth), "rotate": _plain_step(Rotate)}
+Structure = DropExperts | MergeExperts | PruneChannels | PruneHeads | DropLayers
+RunTime = Route | SkipChannels | SparseAttention | EarlyExit
+Learning = Distill | FineTune
+Step = Quantize | Smooth | Rotate | Prune | Structure | RunTime | Learning
+_STEPS = {"quantize": Quantize.from_dict} | {
+    name: _plain_step(cls)
+    for name, cls in (
+        ("smooth", Smooth),
+        ("rotate", Rotate),
+        ("prune", Prune),
+        ("drop_experts", DropExperts),
+        ("merge_experts", MergeExperts),
+        ("prune_channels", PruneChannels),
+        ("prune_heads", PruneHeads),
+        ("drop_layers", DropLayers),
+        ("route", Route),
+        ("skip_channels", SkipChannels),
+        ("sparse_attention", SparseAttention),
+        ("early_exit", EarlyExit),
+        ("distill", Distill),
+        ("fine_tune", FineTune),
+    )
+}
+
+
+def step_of(d: dict) -> Step:
+    """The step that `to_dict` wrote. Raises ValueError for one that this version does not know."""
+    kind = d.get("step") if isinstance(d, dict) else d
+    if not isinstance(kind, str) or kind not in _STEPS:
+        raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}")
+    return _STEPS[kind](d)
 
 
 @dataclass(frozen=True)
@@ -364,7 +794,12 @@ class Recipe:
     @property
     def data_free(self) -> bool:
         """Whether no step needs calibration data."""
-        return all(isinstance(s, Rotate) or getattr(s, "data_free", False) for s in self.steps)
+        return all(isinstance(s, Rotate | Learning) or getattr(s, "data_free", False) for s in self.steps)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a step needs training data."""
+        return any(isinstance(s, Learning) or (isinstance(s, Quantize) and isinstance(s.method, Qat)) for s in self.steps)
 
     def to_json(self) -> str:
         return json.dumps({"format": 1, "steps": [s.to_dict() for s in self.steps]}, indent=1)
@@ -379,11 +814,7 @@ class Recipe:
         steps = d.get("steps")
         if not isinstance(steps, list):
             raise ValueError(f"the recipe has no list of 'steps', only {sorted(d)}")
-        for s in steps:
-            kind = s.get("step") if isinstance(s, dict) else s
-            if not isinstance(kind, str) or kind not in _STEPS:
-                raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}")
-        return cls(tuple(_STEPS[s["step"]](s) for s in steps))
+        return cls(tuple(step_of(s) for s in steps))
 
     @property
     def digest(self) -> str:
