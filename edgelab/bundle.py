@@ -27,6 +27,7 @@ from edgelab.methods.coverage import Coverage
 from edgelab.model import load, quantized, stored_tensors
 from edgelab.recipe import Recipe
 from edgelab.report import Report
+from edgelab.runtime_steps import steps_of
 
 FORMAT = 1
 MANIFEST = "edgelab.json"
@@ -66,7 +67,7 @@ def save_bundle(
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    if packed:
+    if packed or steps_of(model):
         from edgelab.hf import adopt  # imports transformers
 
         adopt(model)  # the config says what the layers are now, also how they round their inputs

@@ -1,9 +1,10 @@
 """`compress`: do to a model what a recipe says, then audit what was really touched.
 
 The whole recipe is checked against the model before any work is done: patterns that match nothing, group sizes that do
-not divide, weights that hold NaN, an order that makes no sense, calibration data that is missing. A model that is not changed in
+not divide, weights that hold NaN, an order that makes no sense, data that is missing. Steps that change shapes are tried on
+a copy on the meta device, so that later steps are checked against what they will meet. A model that is not changed in
 place is copied without the weights that will be replaced anyway, so the peak is the model, plus what the recipe keeps,
-plus the codes; a recipe that first transforms the model (`Smooth`, `Rotate`) copies all of it.
+plus the codes; a recipe that does anything before it rounds copies all of it.
 """
 
 import copy
@@ -13,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from edgelab.blocks import calibrate
+try:  # TEMPORARY
+    from edgelab.expert_steps import shrink_experts
+except ImportError:
+    pass
 from edgelab.fit import fit
 from edgelab.layers import Quantized
 from edgelab.methods.coverage import Coverage, CoverageRow
@@ -25,9 +31,47 @@ from edgelab.methods.mixed import Allocation, allocate
 from edgelab.mixed_experts import expert_of
 from edgelab.model import Weight, quantized, stored_tensors, unknown_experts, untouchable, weights
 from edgelab.ranges import apply_activations, static_ranges
-from edgelab.recipe import AutoRound, Hqq, Quantize, Recipe, Rotate, Smooth, matches
+from edgelab.recipe import (
+    AutoRound,
+    Distill,
+    DropExperts,
+    DropLayers,
+    EarlyExit,
+    FineTune,
+    Hqq,
+    Learning,
+    MergeExperts,
+    Prune,
+    PruneChannels,
+    PruneHeads,
+    Qat,
+    Quantize,
+    Recipe,
+    Rotate,
+    Route,
+    RunTime,
+    SkipChannels,
+    Smooth,
+    SparseAttention,
+    Step,
+    Structure,
+    matches,
+)
+from edgelab.runtime_steps import apply
 from edgelab.scheme import QuantScheme
 from edgelab.sensitivity import sensitivity
+try:  # TEMPORARY
+    from edgelab.sparsify import prune
+except ImportError:
+    pass
+try:  # TEMPORARY
+    from edgelab.structure import shrink
+except ImportError:
+    pass
+try:  # TEMPORARY
+    from edgelab.train import learn, quantization_aware
+except ImportError:
+    pass
 from edgelab.transforms import awq, rotate, smooth
 
 _BUDGET_TOKENS = 16_384  # of the calibration set, for the estimate of what each weight loses
@@ -55,38 +99,76 @@ def compress(
     recipe: Recipe,
     *,
     calibration: Sequence[Tensor] | None = None,
+    training: Sequence[Tensor] | None = None,
+    teacher: nn.Module | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
     inplace: bool = False,
 ) -> Compressed:
     """The compressed model with its audit. `model` is not changed unless `inplace`.
 
     `calibration`: token ids int64 [B, T] without padding, as `data.calibration_batches` makes them, for steps that need to
-    see what the model sees. A tied weight (an embedding that is also the head) follows the first of its names: the
-    embedding's rule. Raises ValueError before any work when the recipe does not fit the model (see `plan`), and after it
-    when less than the recipe's `min_expert_share` of the experts' parameters was touched.
+    see what the model sees. `training`: more of the same kind, from the training split, for steps that learn; they learn from
+    `teacher`, by default the model as it was given. `folder`: where learning keeps checkpoints and curves (`step-<i>`
+    each), and goes on from when it is called again. A tied weight (an embedding that is also the head) follows the first of
+    its names: the embedding's rule. Raises ValueError before any work when the recipe does not fit the model (see `plan`),
+    and after it when less than the recipe's `min_expert_share` of the experts' parameters was touched.
     """
     if torch.is_inference_mode_enabled():  # tensors made in it do not count their versions, by which calibration knows them
         with torch.inference_mode(False):
-            return compress(model, recipe, calibration=calibration, progress=progress, inplace=inplace)
+            return compress(
+                model,
+                recipe,
+                calibration=calibration,
+                training=training,
+                teacher=teacher,
+                folder=folder,
+                progress=progress,
+                inplace=inplace,
+            )
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise ValueError(f"this {type(model).__name__} is quantized already; compress the floating-point model it came from")
     steps = plan(model, recipe)
-    _check_calibration(recipe, calibration)
-    transforms = any(isinstance(step, Smooth | Rotate) for step in recipe.steps)
-    replaced = set() if transforms else {expert_of(name)[0] for schemes in steps for name in schemes}
-    result = model if inplace else _copy(model, replaced)
+    _check_data(recipe, calibration, training)
+    if inplace and recipe.learns and teacher is None:
+        raise ValueError("inplace=True changes the model that a learning step would learn from; pass teacher=, or inplace=False")
+    rounds_only = all(isinstance(step, Quantize) for step in recipe.steps)
+    replaced = {expert_of(name)[0] for schemes in steps for name in schemes} if rounds_only else set()
+    result, teacher = model if inplace else _copy(model, replaced), model if teacher is None else teacher
     parameters, remarks = sum(p.numel() for p in model.parameters()), []
     for i, step in enumerate(recipe.steps):
+        pruned = any(isinstance(s, Prune) for s in recipe.steps[:i])
         match step:
+            case Quantize():
+                schemes = steps[i] if rounds_only else _plan_quantize(result, weights(result), step)
+                if isinstance(step.method, Qat):
+                    work = None if folder is None else Path(folder) / f"step-{i + 1}"
+                    found = _input_ranges(result, schemes, step, calibration, progress)
+                    remarks += quantization_aware(
+                        result, schemes, step.method, training, teacher=teacher, calibration=calibration, folder=work, progress=progress
+                    )
+                    if found is not None:
+                        apply_activations(result, step.activations, *found)
+                else:
+                    remarks += _quantize(result, schemes, step, calibration, progress, pruned)
+                continue
             case Smooth():
                 _smooth(result, step, next((s for s in recipe.steps[i:] if isinstance(s, Quantize)), None), calibration, progress)
             case Rotate():
                 rotate(result, step.seed)
-                parameters = sum(p.numel() for p in result.parameters())  # a tied head has become one of its own
-            case Quantize():
-                schemes = _plan_quantize(result, weights(result), step) if transforms else steps[i]
-                remarks += _quantize(result, schemes, step, calibration, progress)
-    if any(steps) and hasattr(result, "save_pretrained"):
+            case Prune():
+                remarks += prune(result, step, calibration, progress=progress)
+            case DropExperts() | MergeExperts():
+                remarks += shrink_experts(result, step, calibration, progress=progress)
+            case PruneChannels() | PruneHeads() | DropLayers():
+                remarks += shrink(result, step, calibration, progress=progress)
+            case Distill() | FineTune():
+                work = None if folder is None else Path(folder) / f"step-{i + 1}"
+                remarks += learn(result, step, training, teacher=teacher, keep_zeros=pruned, folder=work, progress=progress)
+            case Route() | SkipChannels() | SparseAttention() | EarlyExit():
+                remarks += apply(result, step, calibration, progress)
+        parameters = audit(result).parameters  # a tied head has become one of its own, layers are gone, adapters were added
+    if recipe.steps and hasattr(result, "save_pretrained"):
         from edgelab.hf import adopt  # transformers; not needed for a plain torch module
 
         adopt(result)
@@ -109,20 +191,31 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
     A stack whose experts get different schemes is listed by expert, `<stack>#<expert>`.
 
     Raises ValueError: a pattern that matches no weight or never decides, a group size that does not divide, a router
-    or half an expert module selected, a weight selected by two steps, a step that selects nothing, NaN in a parameter, a
-    transforming step behind a rounding one, a codebook that the method can't fit.
+    or half an expert module selected, a weight selected by two steps, a step that selects nothing, NaN in a parameter, an
+    order that makes no sense (`_check_order`), a codebook that the method can't fit, a structure that the model does not have.
     """
-    every = weights(model)
+    shadow = _meta_copy(model) if any(isinstance(s, Structure | Prune) for s in recipe.steps) else model
+    every = weights(shadow)
     taken: set[str] = set()
     steps = []
-    for step in recipe.steps:
+    for i, step in enumerate(recipe.steps):
         schemes: dict[str, QuantScheme] = {}
+        _check_order(step, recipe.steps[:i])
         match step:
             case Quantize():
-                schemes = _plan_quantize(model, every, step)
-            case Smooth() | Rotate():
-                if taken:
-                    raise ValueError(f"{step!r} comes after a Quantize step, but changes floating-point weights: put it first")
+                schemes = _plan_quantize(shadow, every, step)
+                if any(isinstance(s, Prune) for s in recipe.steps[:i]):
+                    _check_keeps_zeros(step, schemes)
+            case DropExperts() | MergeExperts():
+                shrink_experts(shadow, step, None, progress=False)
+                every = weights(shadow)
+            case PruneChannels() | PruneHeads() | DropLayers():
+                shrink(shadow, step, None, progress=False)
+                every = weights(shadow)
+            case Prune():
+                prune(shadow, step, None, progress=False)
+            case _ if isinstance(step, Smooth | Rotate | Learning | RunTime):
+                pass
             case _:
                 raise TypeError(f"{step!r} is not a step that compress knows")
         stacks = {expert_of(name)[0] for name in schemes}
@@ -140,15 +233,75 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
     return steps
 
 
-def _check_calibration(recipe: Recipe, calibration: Sequence[Tensor] | None) -> None:
-    if calibration is not None and not len(calibration):
-        raise ValueError("calibration is empty; data.calibration_batches(tokenizer, corpus()['calibration']) makes it")
-    for step in recipe.steps:
-        if calibration is None and not Recipe((step,)).data_free:
-            what = "smooth" if isinstance(step, Smooth) else f"{step.method.name}" + (f", {step.activations}" if step.activations else "")
+def _check_order(step: Step, before: Sequence[Step]) -> None:
+    """Raises ValueError when `step` makes no sense behind the steps `before` it."""
+
+    def earlier(kind) -> Step | None:
+        return next((s for s in before if isinstance(s, kind)), None)
+
+    changes_weights = Smooth | Rotate | Prune | Structure
+    if isinstance(step, changes_weights) and (other := earlier(Quantize)):
+        raise ValueError(f"{step!r} comes after a Quantize step, but changes floating-point weights, not packed codes: put it first")
+    if isinstance(step, Rotate) and (other := earlier(Prune)):
+        raise ValueError(f"{step!r} mixes channels and would fill the zeros of {other!r}: put Rotate first")
+    if isinstance(step, Structure) and (other := earlier(RunTime)):
+        raise ValueError(f"{step!r} changes the shape of a model that {other!r} already computes in its own way: put it first")
+    if not isinstance(step, RunTime) and (other := earlier(EarlyExit)):
+        raise ValueError(f"{step!r} changes the model that {other!r} was fitted to: put EarlyExit behind it")
+    if isinstance(step, EarlyExit) and earlier(EarlyExit):
+        raise ValueError("a model has one early exit; leave out one of the two EarlyExit steps")
+    if isinstance(step, Learning):
+        quantized_before = earlier(Quantize)
+        if step.train == "scales" and not quantized_before:
+            raise ValueError(f"{type(step).__name__}(train='scales') has no scales to learn before a Quantize step; put it behind one")
+        if step.train == "all" and quantized_before:
             raise ValueError(
-                f"the step {what!r} needs calibration data: pass calibration=data.calibration_batches(tokenizer, corpus()['calibration'])"
+                f"{type(step).__name__}(train='all') comes after a Quantize step, whose codes don't learn: use train='scales' or 'lora', "
+                "or put it before (learning with rounding in the loop is Quantize(rules, method=Qat()))"
             )
+
+
+def _check_keeps_zeros(step: Quantize, schemes: dict[str, QuantScheme]) -> None:
+    """Raises ValueError when what a Prune step set to zero would not stay there."""
+    if isinstance(step.method, AutoRound | Qat | Hqq):
+        raise ValueError(f"{step.method.name} moves the weights that Prune has set to zero; use rtn or gptq behind a Prune step")
+    for name, scheme in schemes.items():
+        if scheme.asymmetric:
+            raise ValueError(
+                f"{name}: {scheme} stores an offset, so that what Prune has set to zero is none any more; use int{scheme.bits}"
+            )
+
+
+def _check_data(recipe: Recipe, calibration: Sequence[Tensor] | None, training: Sequence[Tensor] | None) -> None:
+    for what, given in (("calibration", calibration), ("training", training)):
+        if given is not None and not len(given):
+            split = "calibration" if what == "calibration" else "train"
+            raise ValueError(f"{what} is empty; data.calibration_batches(tokenizer, corpus()['{split}']) makes it")
+    for step in recipe.steps:
+        alone = Recipe((step,))
+        if calibration is None and not alone.data_free and not isinstance(step, Learning) and not _learns_only(step):
+            raise ValueError(
+                f"the step {_called(step)!r} needs calibration data: "
+                "pass calibration=data.calibration_batches(tokenizer, corpus()['calibration'])"
+            )
+        if training is None and alone.learns:
+            raise ValueError(
+                f"the step {_called(step)!r} learns: pass training=data.calibration_batches(tokenizer, corpus()['train'], tokens=1_000_000)"
+            )
+
+
+def _learns_only(step: Step) -> bool:
+    """Whether a step needs training data and no calibration data."""
+    if not isinstance(step, Quantize) or not isinstance(step.method, Qat):
+        return False
+    static = step.activations is not None and step.activations.static
+    return not static and step.budget is None and step.method.start != "gptq"
+
+
+def _called(step: Step) -> str:
+    if isinstance(step, Quantize):
+        return step.method.name + (f", {step.activations}" if step.activations else "")
+    return step.to_dict()["step"]
 
 
 def audit(model: nn.Module) -> Coverage:
@@ -291,28 +444,41 @@ def _within_budget(model: nn.Module, schemes: dict[str, QuantScheme], step: Quan
     return allocate(costs, int(step.budget * count / 8))
 
 
-def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool) -> list[str]:
-    act, scales, names, told = step.activations, None, None, []
+def _quantize(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool, pruned: bool) -> list[str]:
+    told = []
     if step.budget is not None:
         found = _within_budget(model, schemes, step, calibration, progress)
         schemes, told = {name: QuantScheme.parse(str(s)) for name, s in found.choice.items()}, [f"budget of {step.budget} bits: {found!r}"]
-    if act is not None:
-        chosen = {expert_of(name)[0] for name in schemes}
-        names = [w.name for w in weights(model) if w.name in chosen and w.kind in ("linear", "experts") and w.role != "head"]
-        if act.static:
-            stats = calibrate(model, calibration, want=("histogram",), progress=progress)
-            scales = static_ranges(model, stats, calibration, step.ranges, act=act, names=names, progress=progress)
-            names = None  # those that have a range
-    remarks = told + fit(model, schemes, step.method, calibration, progress)
-    if act is not None:
-        apply_activations(model, act, scales, names)
+    found = _input_ranges(model, schemes, step, calibration, progress)
+    remarks = told + fit(model, schemes, step.method, calibration, progress, keep_zeros=pruned)
+    if found is not None:
+        apply_activations(model, step.activations, *found)
     return remarks
+
+
+def _input_ranges(model: nn.Module, schemes: dict[str, QuantScheme], step: Quantize, calibration, progress: bool):
+    """(ranges by name, or None; names, or None for those that have a range) of the step's activations, from the model as it is."""
+    act = step.activations
+    if act is None:
+        return None
+    chosen = {expert_of(name)[0] for name in schemes}
+    names = [w.name for w in weights(model) if w.name in chosen and w.kind in ("linear", "experts") and w.role != "head"]
+    if not act.static:
+        return None, names
+    stats = calibrate(model, calibration, want=("histogram",), progress=progress)
+    return static_ranges(model, stats, calibration, step.ranges, act=act, names=names, progress=progress), None
 
 
 def _copy(model: nn.Module, replaced: set[str]) -> nn.Module:
     """A copy of `model` that shares the parameters that will be replaced and owns all others."""
     shared = [model.get_parameter(w.parameter_name) for w in weights(model) if w.name in replaced]
     return copy.deepcopy(model, {id(p): p for p in shared})
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters have shapes and no bytes; ties stay ties."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def _examples(listed: list[Weight]) -> str:

@@ -38,7 +38,15 @@ _JUDGING = 0.125  # share of the calibration rows that learning does not see and
 Schemes = Mapping[str, QuantScheme]
 
 
-def fit(model: nn.Module, schemes: Schemes, method: Method, batches: Sequence[Tensor] | None, progress: bool = True) -> list[str]:
+def fit(
+    model: nn.Module,
+    schemes: Schemes,
+    method: Method,
+    batches: Sequence[Tensor] | None,
+    progress: bool = True,
+    *,
+    keep_zeros: bool = False,
+) -> list[str]:
     """Swaps the weights of `model` named in `schemes` for codes that `method` finds. Returns remarks: who was rare, what fell back.
 
     `batches` int64 [B, T] of calibration tokens; None will do for a method without data.

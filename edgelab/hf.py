@@ -33,7 +33,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from edgelab.layers import Blank, QEmbedding, QExperts, Quantized
 from edgelab.mixed_experts import QExpertsMixed
 from edgelab.model import _own_name, dequantize, family_of, quantized, retie, stored_tensors, swap, weights
-from edgelab.recipe import Method, Quantize, Recipe, Smooth, matches
+from edgelab.recipe import Method, Quantize, Recipe, RunTime, Smooth, matches, step_of
+from edgelab.runtime_steps import attach, restore, steps_of
 from edgelab.scheme import ActScheme, QuantScheme
 
 FORMAT = 1
@@ -66,6 +67,7 @@ class EdgeLabConfig(QuantizationConfigMixin):
         keep: tuple[str, ...] | list[str] = (),
         activations: dict[str, str] | ActScheme | str | None = None,
         schemes: dict[str, str] | None = None,
+        runtime: list[dict] | tuple[dict, ...] = (),
         format: int = FORMAT,
         quant_method: str = "edgelab",
         **unknown,
@@ -82,6 +84,7 @@ class EdgeLabConfig(QuantizationConfigMixin):
         self.format = format
         self.schemes = None if schemes is None else _texts("schemes", schemes, QuantScheme)
         self.activations: dict[str, str] = {}
+        self.runtime = tuple(_runtime_step(d) for d in runtime)
         self.recipe: Recipe | None = None
         if schemes is not None:
             self.activations = _texts("activations", activations or {}, ActScheme)
@@ -92,10 +95,11 @@ class EdgeLabConfig(QuantizationConfigMixin):
             raise ValueError("activations belong into the recipe: Quantize(..., activations='a8-token')")
         self.recipe = _read(recipe) if recipe is not None else _recipe(scheme or "int4-g32", method, embedding, head, keep, activations)
         for i, step in enumerate(self.recipe.steps):
-            if isinstance(step, Smooth) or (isinstance(step, Quantize) and not step.data_free):
-                what = f"Quantize({step.method.name})" if isinstance(step, Quantize) else f"Smooth({step.method})"
+            if not Recipe((step,)).data_free:
+                settings = getattr(step.method, "name", step.method) if isinstance(step, Quantize | Smooth) else ""
+                what, kind = f"{type(step).__name__}({settings})", "training" if Recipe((step,)).learns else "calibration"
                 raise ValueError(
-                    f"step {i + 1} of the recipe, {what}, needs calibration data, which from_pretrained has none of: load the model, "
+                    f"step {i + 1} of the recipe, {what}, needs {kind} data, which from_pretrained has none of: load the model, "
                     "compress(model, recipe, calibration=...), save_bundle(...); from_pretrained then loads the bundle"
                 )
 
@@ -104,7 +108,12 @@ class EdgeLabConfig(QuantizationConfigMixin):
         d = {"quant_method": self.quant_method, "format": self.format}
         if self.schemes is None:
             return d | {"recipe": json.loads(self.recipe.to_json())}
-        return d | {"schemes": dict(self.schemes)} | ({"activations": dict(self.activations)} if self.activations else {})
+        return (
+            d
+            | {"schemes": dict(self.schemes)}
+            | ({"activations": dict(self.activations)} if self.activations else {})
+            | ({"runtime": [step.to_dict() for step in self.runtime]} if self.runtime else {})
+        )
 
     def __iter__(self):
         yield from self.to_dict().items()  # transformers' dict(config)
@@ -121,6 +130,15 @@ def _texts(what: str, given: dict[str, str], kind: type) -> dict[str, str]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what} of the quantization_config, {name}: {text!r} can't be read ({error})") from error
     return found
+
+
+def _runtime_step(d: dict) -> RunTime:
+    step = step_of(d)
+    if not isinstance(step, RunTime):
+        raise ValueError(
+            f"runtime of the quantization_config lists {d!r}, which is no step of run time: config.json was damaged; copy it again"
+        )
+    return step
 
 
 def _read(recipe: Recipe | str | dict) -> Recipe:
@@ -185,6 +203,7 @@ class EdgeLabQuantizer(HfQuantizer):
                             f"{pattern!r} is to be kept, but matches no weight of {type(model).__name__}; names are {some} ..."
                         )
             return
+        attach(model, self.quantization_config.runtime)
         schemes = self.quantization_config.schemes
         stacks = {name: name.partition("#")[0] for name in schemes}  # one expert is listed as <stack>#<expert>
         absent = sorted(name for name, stack in stacks.items() if stack not in known)
@@ -220,6 +239,7 @@ class EdgeLabQuantizer(HfQuantizer):
                 f"{' ...' if len(absent) > 4 else ''}): copy it again"
             )
         retie(model)
+        restore(model, self.quantization_config.runtime)
 
     def _compress(self, model) -> None:
         from edgelab.compress import compress  # it imports this module
@@ -275,10 +295,17 @@ def activations_of(model: nn.Module) -> dict[str, ActScheme]:
 
 
 def adopt(model: PreTrainedModel) -> None:
-    """Tell transformers that `model` (already swapped) is quantized, so that `save_pretrained` writes what loads again."""
+    """Tell transformers that `model` (already swapped) is quantized, so that `save_pretrained` writes what loads again.
+
+    A model that neither holds codes nor computes by run-time steps stays an ordinary one.
+    """
+    schemes, steps = {name: str(q.scheme) for name, (_, q) in quantized(model).items()}, steps_of(model)
+    if not schemes and not steps:
+        return
     config = EdgeLabConfig(
-        schemes={name: str(q.scheme) for name, (_, q) in quantized(model).items()},
+        schemes=schemes,
         activations={name: str(act) for name, act in activations_of(model).items()},
+        runtime=[step.to_dict() for step in steps],
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, EdgeLabQuantizer):

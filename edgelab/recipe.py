@@ -793,8 +793,8 @@ class Recipe:
 
     @property
     def data_free(self) -> bool:
-        """Whether no step needs calibration data."""
-        return all(isinstance(s, Rotate | Learning) or getattr(s, "data_free", False) for s in self.steps)
+        """Whether no step needs data, to calibrate on or to learn from."""
+        return all(isinstance(s, Rotate) or getattr(s, "data_free", False) for s in self.steps)
 
     @property
     def learns(self) -> bool:
