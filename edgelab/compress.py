@@ -440,7 +440,7 @@ def _within_budget(model: nn.Module, schemes: dict[str, QuantScheme], step: Quan
         if seen >= _BUDGET_TOKENS:
             break
     count = sum(w.tensor.numel() for w in weights(model) if w.name in schemes)
-    costs = sensitivity(model, rows, list(schemes), step.choices, metric="fisher", progress=progress)
+    costs = sensitivity(model, rows, list(schemes), step.choices, metric="fisher", per_expert=step.per_expert, progress=progress)
     return allocate(costs, int(step.budget * count / 8))
 
 
