@@ -49,8 +49,11 @@ def fit(
 ) -> list[str]:
     """Swaps the weights of `model` named in `schemes` for codes that `method` finds. Returns remarks: who was rare, what fell back.
 
-    `batches` int64 [B, T] of calibration tokens; None will do for a method without data.
+    `batches` int64 [B, T] of calibration tokens; None will do for a method without data. `keep_zeros`: a weight that is exactly 0, as
+    pruning leaves it, is 0 afterwards too. Then raises ValueError, before any change, for a method or a scheme that can't hold that.
     """
+    if keep_zeros:
+        _check_zeros(model, schemes, method)
     if method.data_free:
         _without_data(model, schemes, method, progress)
         return []
@@ -58,11 +61,28 @@ def fit(
         case AutoRound(scope="model"):
             return _whole_model(model, schemes, method, batches, progress)
         case _:
-            return _by_block(model, schemes, method, batches, progress)
+            return _by_block(model, schemes, method, batches, progress, keep_zeros)
 
 
-def round_weight(w: Weight, scheme: QuantScheme, method: Method, stats: InputStats | None = None) -> QTensor:
-    """The codes of one weight by `method`; without statistics, those of rounding to nearest on the method's grid."""
+def _check_zeros(model: nn.Module, schemes: Schemes, method: Method) -> None:
+    """Rounding to nearest keeps zeros in every symmetric codebook: all of them have the level 0. GPTQ does when told to."""
+    if isinstance(method, AutoRound | Hqq):
+        why = "learns which way to round, zeros too" if isinstance(method, AutoRound) else "fits an offset, so that no level is exactly 0"
+        raise ValueError(f"keep_zeros=True: {method.name} {why}; use rtn or gptq for a pruned model")
+    for w in by_expert(weights(model), schemes):
+        if w.name in schemes and schemes[w.name].asymmetric and (zeros := int((w.tensor == 0).sum())):
+            scheme = schemes[w.name]
+            raise ValueError(
+                f"{w.name}: keep_zeros=True, but {scheme} has no exact zero for its {zeros:,} pruned weights: levels begin at an offset; "
+                f"use int{scheme.bits}-{scheme.granularity}"
+            )
+
+
+def round_weight(w: Weight, scheme: QuantScheme, method: Method, stats: InputStats | None = None, keep_zeros: bool = False) -> QTensor:
+    """The codes of one weight by `method`; without statistics, those of rounding to nearest on the method's grid.
+
+    `keep_zeros` is for GPTQ: rounding to nearest keeps the zeros of a symmetric scheme anyway.
+    """
     try:
         match method:
             case Hqq():
@@ -70,7 +90,7 @@ def round_weight(w: Weight, scheme: QuantScheme, method: Method, stats: InputSta
                 return hqq(w.tensor, scheme, **settings, name=w.name)
             case Gptq() if stats is not None and stats.xx is not None:
                 settings = {k: getattr(method, k) for k in ("damping", "act_order", "mse_grid", "rounds")}
-                return gptq(w.tensor, stats.xx, scheme, **settings, name=w.name)
+                return gptq(w.tensor, stats.xx, scheme, **settings, keep_zeros=keep_zeros, name=w.name)
             case Rtn(weighted=True) if stats is not None:
                 return round_to_nearest(w.tensor, scheme, mse_grid=method.mse_grid, importance=stats.sum_sq, name=w.name)
             case _:
@@ -97,7 +117,9 @@ def _without_data(model: nn.Module, schemes: Schemes, method: Method, progress: 
     swapper.finish()
 
 
-def _by_block(model: nn.Module, schemes: Schemes, method: Method, batches: Sequence[Tensor], progress: bool) -> list[str]:
+def _by_block(
+    model: nn.Module, schemes: Schemes, method: Method, batches: Sequence[Tensor], progress: bool, keep_zeros: bool = False
+) -> list[str]:
     remarks: list[str] = []
     listed = weights(model)
     names = {w.name for w in by_expert(listed, schemes)}
@@ -109,7 +131,7 @@ def _by_block(model: nn.Module, schemes: Schemes, method: Method, batches: Seque
     want = ("xx",) if isinstance(method, Gptq) or (learning and method.start == "gptq") else ()
     only = _readers(model, schemes)
     for item in walk(model, batches, want=want, sequential=sequential, twin=learning, progress=progress, only=only):
-        codes = _codes_of_block(model, item, remaining, method, remarks, progress)
+        codes = _codes_of_block(model, item, remaining, method, remarks, progress, keep_zeros)
         for name in codes:
             remaining.pop(name)
         _put(swapper, codes)
@@ -121,11 +143,13 @@ def _by_block(model: nn.Module, schemes: Schemes, method: Method, batches: Seque
     return remarks
 
 
-def _codes_of_block(model, item: BlockStats, schemes: Schemes, method: Method, remarks: list[str], progress: bool) -> dict[str, QTensor]:
+def _codes_of_block(
+    model, item: BlockStats, schemes: Schemes, method: Method, remarks: list[str], progress: bool, keep_zeros: bool
+) -> dict[str, QTensor]:
     found, stats = _found_in(model, item, schemes, remarks)
     if isinstance(method, AutoRound) and found and item.name not in ("head", "model"):
         return _learn_block(model, item, found, stats, schemes, method, progress)
-    return {w.name: round_weight(w, schemes[w.name], method, stats[w.name]) for w in found}
+    return {w.name: round_weight(w, schemes[w.name], method, stats[w.name], keep_zeros) for w in found}
 
 
 def _readers(model: nn.Module, schemes: Schemes) -> dict[str, str]:

@@ -23,6 +23,7 @@ Weights are rounded from the dtype that `from_pretrained` was asked for: leave `
 import json
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -30,7 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from edgelab.layers import Blank, QEmbedding, QExperts, Quantized
+from edgelab.layers import Blank, QEmbedding, QExperts, QLinear, Quantized
 from edgelab.mixed_experts import QExpertsMixed
 from edgelab.model import _own_name, dequantize, family_of, quantized, retie, stored_tensors, swap, weights
 from edgelab.recipe import Method, Quantize, Recipe, RunTime, Smooth, matches, step_of
@@ -68,6 +69,7 @@ class EdgeLabConfig(QuantizationConfigMixin):
         activations: dict[str, str] | ActScheme | str | None = None,
         schemes: dict[str, str] | None = None,
         runtime: list[dict] | tuple[dict, ...] = (),
+        adapters: dict[str, int] | None = None,
         format: int = FORMAT,
         quant_method: str = "edgelab",
         **unknown,
@@ -84,6 +86,7 @@ class EdgeLabConfig(QuantizationConfigMixin):
         self.format = format
         self.schemes = None if schemes is None else _texts("schemes", schemes, QuantScheme)
         self.activations: dict[str, str] = {}
+        self.adapters = dict(adapters or {})
         self.runtime = tuple(_runtime_step(d) for d in runtime)
         self.recipe: Recipe | None = None
         if schemes is not None:
@@ -217,6 +220,12 @@ class EdgeLabQuantizer(HfQuantizer):
                 raise ValueError(f"activations of the quantization_config list {name}, which is no quantized linear layer or expert stack")
             (layer, parameter), act = layers[name], ActScheme.parse(text)
             layer.round_input_of(parameter, act, 0.0 if act.static else None)  # the files fill in the number
+        for name, rank in self.quantization_config.adapters.items():
+            layer = dict(model.named_modules()).get(name)
+            if not isinstance(layer, QLinear) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"adapters of the quantization_config list {name!r}: {rank!r}; they name quantized linears and a rank")
+            with torch.device("meta"):
+                layer.adapt(torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
         for module in model.modules():  # what is tied is not in the files: without buffers nobody waits for it
             if isinstance(module, Quantized) and module.tied_to:
                 module._buffers.update(dict.fromkeys(module._stored["weight"].buffers))
@@ -306,6 +315,7 @@ def adopt(model: PreTrainedModel) -> None:
         schemes=schemes,
         activations={name: str(act) for name, act in activations_of(model).items()},
         runtime=[step.to_dict() for step in steps],
+        adapters={n: m.lora_a.shape[0] for n, m in model.named_modules() if isinstance(m, QLinear) and m.lora_a is not None},
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, EdgeLabQuantizer):

@@ -337,7 +337,7 @@ class Quantized(nn.Module):
         if self._buffers[s.packed] is None:  # while transformers loads a model, a tied layer waits for its owner's codes
             weight = torch.empty(s.shape, dtype=self.dtype, device="meta")
         else:
-            weight = self._dequantized("weight").to(self.dtype)
+            weight = self.dequantized()["weight"].to(self.dtype)
         weight = weight.mT if transposed else weight
         weight._is_hf_initialized = True  # transformers' `_init_weights` leaves it alone
         return weight
@@ -369,6 +369,22 @@ class QLinear(Quantized):
         bias = bias.requires_grad_(False) if isinstance(bias, nn.Parameter) else bias
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None and not isinstance(bias, nn.Parameter) else bias
         self.dtype, self.transposed = dtype, transposed
+        self.lora_a = self.lora_b = None
+
+    def adapt(self, a: Tensor, b: Tensor) -> None:
+        """Add the low-rank term b a to the weight, beside its codes: a [r, in], b [out, r] (LoRA, arXiv 2106.09685)."""
+        if a.shape[1] != self.in_features or b.shape != (self.out_features, a.shape[0]):
+            raise ValueError(
+                f"a {tuple(a.shape)}, b {tuple(b.shape)}: a weight {self.out_features, self.in_features} takes [r, in], [out, r]"
+            )
+        for name, value in (("lora_a", a), ("lora_b", b)):
+            self.__dict__.pop(name, None)  # the plain None would hide the parameter
+            self.register_parameter(name, nn.Parameter(value.detach().float(), requires_grad=False))
+
+    def dequantized(self) -> dict[str, Tensor]:
+        """As of every layer, with the adapter's term added."""
+        value = self._dequantized("weight")
+        return {"weight": value if self.lora_a is None else value + self.lora_b.float() @ self.lora_a.float()}
 
     @property
     def weight(self) -> Tensor:
@@ -387,7 +403,7 @@ class QLinear(Quantized):
         s = self._stored["weight"]
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
-        x = self._rounded("weight", x)
+        plain, x = x, self._rounded("weight", x)
         if self._use_kernel(x, self.packed):
             y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device="cpu")
             flat = y.numpy().reshape(-1, self.out_features)
@@ -398,6 +414,9 @@ class QLinear(Quantized):
         else:
             with _float32(x.device):
                 y = F.linear(x.float(), self._dequantized("weight"))
+        if self.lora_a is not None:
+            with _float32(x.device):
+                y = y + F.linear(F.linear(plain.float(), self.lora_a.float()), self.lora_b.float())
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)

@@ -50,7 +50,8 @@ FLOORS = [
     {"methods"},
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
     | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
-    | {"stream", "checkpoint", "runtime_steps", "phone"},
+    | {"stream", "checkpoint", "runtime_steps", "phone", "surgery"}
+    | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache"},
     {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -18,6 +18,11 @@ from edgelab.kernels.matmul import qmatmul as _qmatmul
 from edgelab.kernels.matmul import qmatmul_experts as _qmatmul_experts
 from edgelab.kernels.pack import Tiles
 from edgelab.kernels.pack import tile as _tile
+from edgelab.kernels.sparse import Bits, Columns
+from edgelab.kernels.sparse import bitmap_matmul as _bitmap_matmul
+from edgelab.kernels.sparse import bits as _bits
+from edgelab.kernels.sparse import columns as _columns
+from edgelab.kernels.sparse import csr_matmul as _csr_matmul
 
 # ---------------------------------------------------------------------------------------------------------------- matmul
 
@@ -516,6 +521,82 @@ def make_kl_curve(
 
 make_mse_curve = make_kl_curve
 
+# ------------------------------------------------------------------------------------------------------- without zeros
+
+
+def sparse_weight(weight: Bits | Columns) -> np.ndarray:
+    """The weight float64 [rows, n], zeros put back.
+
+    >>> sparse_weight(_bits(np.array([[0b101]], np.uint8), np.array([2.0, 3.0], np.float16), 3))
+    array([[2., 0., 3.]])
+    """
+    if isinstance(weight, Bits):
+        there = np.unpackbits(weight.mask, axis=1, count=weight.n, bitorder="little").astype(bool)
+        rows, where = np.nonzero(there)
+        count, full = len(where), np.zeros(there.shape)
+    else:
+        ends = weight.ends.astype(np.int64)
+        rows, where, count, full = (
+            np.repeat(np.arange(len(ends) - 1), np.diff(ends)),
+            weight.columns,
+            ends[-1],
+            np.zeros((len(ends) - 1, weight.n)),
+        )
+    full[rows, where] = weight.values[:count].view(np.float16)
+    return full
+
+
+def bitmap_matmul(weight: Bits, x: np.ndarray, y: np.ndarray) -> None:
+    """Fill y [tokens, rows] with x [tokens, n] times the transposed weight, summed in float64."""
+    y[:] = x.astype(np.float64) @ sparse_weight(weight).T
+
+
+csr_matmul = bitmap_matmul
+
+
+# As for `qmatmul_bound`, without a scale: a product and at most n additions, in whatever order, and the twin's storing: m = n + 2.
+# Of a value that fills up a vector's lane both factors are 0. Below float32's normal range up to 2 n results may be lost whole.
+def bitmap_matmul_bound(weight: Bits, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Largest difference [tokens, rows] between kernel and twin for these arguments."""
+    return _relative(weight.n + 2) * (np.abs(x.astype(np.float64)) @ np.abs(sparse_weight(weight)).T) + 2.0**-126 * 2 * weight.n
+
+
+csr_matmul_bound = bitmap_matmul_bound
+
+
+def _pruned(rng: np.random.Generator, out: int, n: int, sparsity: float, exact: bool) -> np.ndarray:
+    w = rng.integers(-4, 5, (out, n)) if exact else rng.standard_normal((out, n))
+    w = np.where(rng.random((out, n)) < sparsity, 0, w).astype(np.float16)
+    if out > 2:
+        w[1] = 0  # a row of which nothing is left, and one that is whole
+        w[2] = 1.5 if not exact else 2
+    return w
+
+
+def make_bitmap_matmul(
+    rng: np.random.Generator, *, out: int = 64, n: int = 96, tokens: int = 3, sparsity: float = 0.5, exact: bool = False
+) -> tuple:
+    """Arguments of `bitmap_matmul`; `exact`: small whole numbers, of which no sum rounds."""
+    w = _pruned(rng, out, n, sparsity, exact)
+    there = w != 0
+    x = rng.integers(-4, 5, (tokens, n)) if exact else rng.standard_normal((tokens, n))
+    weight = _bits(np.packbits(there, axis=1, bitorder="little"), w[there], n)
+    return weight, x.astype(np.float32), np.full((tokens, out), np.nan, np.float32)
+
+
+def make_csr_matmul(
+    rng: np.random.Generator, *, out: int = 64, n: int = 96, tokens: int = 3, sparsity: float = 0.5, exact: bool = False
+) -> tuple:
+    """Arguments of `csr_matmul`, with indices of the smallest type."""
+    w = _pruned(rng, out, n, sparsity, exact)
+    there = w != 0
+    x = rng.integers(-4, 5, (tokens, n)) if exact else rng.standard_normal((tokens, n))
+    ends = np.r_[0, np.cumsum(there.sum(1))]
+    index = np.nonzero(there)[1].astype(np.min_scalar_type(n - 1))
+    weight = _columns(ends.astype(np.min_scalar_type(ends[-1])), index, w[there], n)
+    return weight, x.astype(np.float32), np.full((tokens, out), np.nan, np.float32)
+
+
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
@@ -549,6 +630,8 @@ PAIRS = {
     "count": (_count, count, make_count),
     "kl_curve": (_kl_curve, kl_curve, make_kl_curve),
     "mse_curve": (_mse_curve, mse_curve, make_mse_curve),
+    "bitmap_matmul": (_bitmap_matmul, bitmap_matmul, make_bitmap_matmul),
+    "csr_matmul": (_csr_matmul, csr_matmul, make_csr_matmul),
 }
 BOUNDS = {
     "qmatmul": qmatmul_bound,
@@ -564,4 +647,6 @@ BOUNDS = {
     "count": count_bound,
     "kl_curve": kl_curve_bound,
     "mse_curve": mse_curve_bound,
+    "bitmap_matmul": bitmap_matmul_bound,
+    "csr_matmul": csr_matmul_bound,
 }

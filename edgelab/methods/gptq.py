@@ -61,6 +61,7 @@ def gptq(
     mse_grid: int = 32,
     block: int = 128,
     rounds: int = 4,
+    keep_zeros: bool = False,
     name: str = "weight",
 ) -> QTensor:
     """The `QTensor` of `weight` [out, in] or [experts, out, in] whose outputs on inputs with second moments `xx` err least.
@@ -68,9 +69,11 @@ def gptq(
     `xx` [in, in] or [experts, in, in]: sum of x x^T over tokens, in any scale. `damping`: share of its mean diagonal that is
     added to it. `act_order`: columns in order of falling diag(xx), scales fitted beforehand; without it in their own order,
     the scales of a group fitted when it is reached. `mse_grid`: candidates per scale (`rtn.fit`). `block`: columns between
-    products of whole matrices, a matter of speed only. `rounds` of refinement. Experts are done one by one; all rows at once.
+    products of whole matrices, a matter of speed only. `rounds` of refinement. `keep_zeros`: a weight that is exactly 0 gets the code of
+    0, whatever errors were left to it; they go on to the columns after it. Experts are done one by one; all rows at once.
 
-    Raises ValueError for NaN or infinity in either, shapes that don't fit, or an `xx` that no bounded damping makes positive definite.
+    Raises ValueError for NaN or infinity in either, shapes that don't fit, an `xx` that no bounded damping makes positive definite,
+    or `keep_zeros` with a scheme whose levels begin at an offset.
     Warns, as `round_to_nearest` does, of groups too small for a float16 scale.
 
     >>> w, x = torch.tensor([[0.35, 0.35, -4.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two act together
@@ -88,9 +91,14 @@ def gptq(
         raise ValueError(f"damping={damping!r} must not be negative; 0.01 is usual")
     if block < 1 or rounds < 0:
         raise ValueError(f"block={block!r} must be positive and rounds={rounds!r} not negative")
+    if keep_zeros and scheme.asymmetric:
+        raise ValueError(
+            f"{name}: keep_zeros=True, but {scheme} has no exact zero: its levels begin at an offset; "
+            f"use int{scheme.bits}-{scheme.granularity}"
+        )
     stacked = weight.ndim == 3
     done = [
-        _one(w, h, scheme, damping, act_order, mse_grid, block, rounds, f"{name}[{e}]" if stacked else name)
+        _one(w, h, scheme, damping, act_order, mse_grid, block, rounds, keep_zeros, f"{name}[{e}]" if stacked else name)
         for e, (w, h) in enumerate(zip(weight if stacked else weight[None], xx if stacked else xx[None], strict=True))
     ]
     if not stacked:
@@ -100,7 +108,16 @@ def gptq(
 
 
 def _one(
-    weight: Tensor, xx: Tensor, scheme: QuantScheme, damping: float, act_order: bool, grid: int, block: int, rounds: int, name: str
+    weight: Tensor,
+    xx: Tensor,
+    scheme: QuantScheme,
+    damping: float,
+    act_order: bool,
+    grid: int,
+    block: int,
+    rounds: int,
+    keep_zeros: bool,
+    name: str,
 ) -> QTensor:
     h = xx.detach().to(weight.device, torch.float64)
     if not torch.isfinite(h).all():
@@ -119,17 +136,19 @@ def _one(
 
     unit = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else n
     wt = weight.detach().float().T.contiguous()  # [in, out]: a column of the weight lies in one piece
+    alive = wt != 0 if keep_zeros else None  # the level of an exact zero is 0 in every symmetric codebook
     back = torch.empty_like(order)
     back[order] = torch.arange(n, device=h.device)
     _, scale, offset = fit_weight(weight.detach(), scheme, grid, d[back] if grid else None)
     scale, offset = (None if s is None else s.reshape(-1, n // unit).T.expand(-1, len(weight)).contiguous() for s in (scale, offset))
     refit = None if act_order or unit == n else lambda w, columns: fit(w.T, scheme, grid, d[None, columns] if grid else None)
-    levels = _forward(wt[order], tt, scale, offset, order // unit, scheme, block, refit)[back]
+    ordered = None if alive is None else alive[order]
+    levels = _forward(wt[order], tt, scale, offset, order // unit, scheme, block, refit, ordered)[back]
 
     h = h.float()
     error = wt - _values(levels, scale, offset, unit)
     for _ in range(rounds):
-        _sweep(levels, scale, offset, error, h, scheme, unit, block)
+        _sweep(levels, scale, offset, error, h, scheme, unit, block, alive)
     if isinstance(scheme.granularity, PerTensor):
         scale, offset = scale[:, :1], None if offset is None else offset[:, :1]
     codes = codes_of(levels.T, scheme)
@@ -167,10 +186,21 @@ def _factor(h: Tensor) -> tuple[Tensor, Tensor]:
     return (r / root).T.float().contiguous(), root.square().float()
 
 
-def _forward(wt: Tensor, tt: Tensor, scale: Tensor, offset: Tensor | None, group: Tensor, scheme: QuantScheme, block: int, refit) -> Tensor:
+def _forward(
+    wt: Tensor,
+    tt: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    group: Tensor,
+    scheme: QuantScheme,
+    block: int,
+    refit,
+    alive: Tensor | None,
+) -> Tensor:
     """Levels [in, out] by (1), of wt [in, out] in the order of rounding; column j takes the scale of row group[j] of `scale`.
 
     `refit(weights, columns)` gives scales for a group that is reached, from its weights as they are by then; in place.
+    `alive` bool [in, out], or None for all: where it is False the level is 0.
     """
     error, levels, group = torch.empty_like(wt), torch.empty_like(wt), group.tolist()
     divide_by = divisor(scale)
@@ -181,7 +211,8 @@ def _forward(wt: Tensor, tt: Tensor, scale: Tensor, offset: Tensor | None, group
             g = group[j]
             if refit is not None and (j == 0 or group[j - 1] != g):
                 columns = slice(j, j + group.count(g))
-                _, s, o = refit(wt[columns] + tt[columns, :j] @ error[:j], columns)
+                reached = wt[columns] + tt[columns, :j] @ error[:j]
+                _, s, o = refit(reached if alive is None else reached * alive[columns], columns)
                 scale[g], divide_by[g] = s[:, 0], divisor(s[:, 0])
                 if offset is not None:
                     offset[g] = o[:, 0]
@@ -190,6 +221,8 @@ def _forward(wt: Tensor, tt: Tensor, scale: Tensor, offset: Tensor | None, group
                 w = torch.addmv(w, error[a:j].T, tt[j, a:j])
             o = None if offset is None else offset[g]
             level = nearest((w if o is None else w - o) / divide_by[g], scheme)
+            if alive is not None:
+                level = level.masked_fill_(~alive[j], 0.0)
             levels[j] = level
             value = level * scale[g]
             torch.sub(wt[j], value if o is None else value + o, out=error[j])
@@ -202,7 +235,15 @@ def _values(levels: Tensor, scale: Tensor, offset: Tensor | None, unit: int) -> 
 
 
 def _sweep(
-    levels: Tensor, scale: Tensor, offset: Tensor | None, error: Tensor, h: Tensor, scheme: QuantScheme, unit: int, block: int
+    levels: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    error: Tensor,
+    h: Tensor,
+    scheme: QuantScheme,
+    unit: int,
+    block: int,
+    alive: Tensor | None,
 ) -> None:
     """One round of refinement over all groups: levels, scale, offset and error = W - Q [in, out] change in place."""
     for g in range(len(scale)):
@@ -223,6 +264,8 @@ def _sweep(
             for j in range(b - a):
                 w = part[j] if j == 0 else torch.addmv(part[j], moved[:j].T, own[j, :j], alpha=-1)
                 level = nearest((w if o is None else w - o) / divide_by, scheme)
+                if alive is not None:
+                    level = level.masked_fill_(~alive[a + j], 0.0)
                 levels[a + j] = level
                 value = level * s
                 torch.sub(value if o is None else value + o, values[j], out=moved[j])
