@@ -116,6 +116,7 @@ class EdgeLabConfig(QuantizationConfigMixin):
             | {"schemes": dict(self.schemes)}
             | ({"activations": dict(self.activations)} if self.activations else {})
             | ({"runtime": [step.to_dict() for step in self.runtime]} if self.runtime else {})
+            | ({"adapters": dict(self.adapters)} if self.adapters else {})
         )
 
     def __iter__(self):

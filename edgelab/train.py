@@ -79,7 +79,7 @@ def learn(
         raise ValueError("teacher=None: Distill learns from one; pass the model that this one came from")
     if distilling:
         _check_vocabulary(model, teacher)
-    with _modes(model, *([teacher] if distilling else [])):
+    with _modes(model, *([teacher] if distilling else [])), _narrow_again(model):
         trainee = _trainee(model, step, keep_zeros)
         drawn = _Drawn(teacher, rows, step.samples, step.seed, progress) if distilling and step.samples else None
         bridge = _bridge(trainee.model, teacher) if distilling and step.hidden else None
@@ -141,7 +141,7 @@ def quantization_aware(
             raise ValueError("teacher=None: Qat(alpha > 0) learns from one; pass the model that this one came from, or alpha=0")
         _check_vocabulary(model, teacher)
     rows = _Rows(batches, method.seed)
-    with _modes(model, *([teacher] if teacher is not None and method.alpha > 0 else [])):
+    with _modes(model, *([teacher] if teacher is not None and method.alpha > 0 else [])), _narrow_again(model):
         listed = {w.name: w for w in by_expert(weights(model), schemes) if w.name in schemes}
         start = _first_scales(model, listed, schemes, method, calibration, progress)
         with torch.no_grad():
@@ -576,7 +576,7 @@ def _lora_trainee(model: nn.Module, rank: int, keep_zeros: bool) -> _Trainee:
             for name, w in listed.items():
                 module = model.get_submodule(w.module_name)
                 if isinstance(module, QLinear):
-                    module.adapt(a[name].detach(), b[name].detach())
+                    module.adapt(*(x.detach().to(torch.bfloat16) for x in (a[name], b[name])))
                 else:
                     w.tensor.copy_(merged(name))
 
@@ -656,6 +656,16 @@ def _modes(*models: nn.Module) -> Iterator[None]:
                 x.training = mode
             for p, grad in grads:
                 p.requires_grad_(grad)
+
+
+@contextmanager
+def _narrow_again(model: nn.Module) -> Iterator[None]:
+    """Afterwards, parameters whose values were bfloat16 numbers are that again: a checkpoint must not double for having learnt."""
+    narrow = [p for p in _floating(model) if torch.equal(p.detach().to(torch.bfloat16).to(p.dtype), p.detach())]
+    yield
+    with torch.no_grad():
+        for p in narrow:
+            p.copy_(p.to(torch.bfloat16))
 
 
 def _may_group(model: nn.Module) -> bool:
