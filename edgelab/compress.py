@@ -132,7 +132,8 @@ def compress(
     _check_data(recipe, calibration, training)
     if inplace and recipe.learns and teacher is None:
         raise ValueError("inplace=True changes the model that a learning step would learn from; pass teacher=, or inplace=False")
-    rounds_only = all(isinstance(step, Quantize) for step in recipe.steps)
+    # weights that learn or are transformed before they are rounded must be the copy's own
+    rounds_only = all(isinstance(step, Quantize) and not isinstance(step.method, Qat) for step in recipe.steps)
     replaced = {expert_of(name)[0] for schemes in steps for name in schemes} if rounds_only else set()
     result, teacher = model if inplace else _copy(model, replaced), model if teacher is None else teacher
     parameters, remarks = sum(p.numel() for p in model.parameters()), []
