@@ -427,6 +427,7 @@ def _one_length(argument: str, given: Mapping, names: Iterable[str], what: str, 
     odd = next((n for n in names if lengths[n] != lengths[first]), None)
     if odd:
         raise ValueError(
-            f"{first} would keep {lengths[first]} {things} and {odd} {lengths[odd]}: the config has one number for all, so keep as many in each"
+            f"{first} would keep {lengths[first]} {things} and {odd} {lengths[odd]}: "
+            "the config has one number for all, so keep as many in each"
         )
     return lengths[first]
