@@ -20,10 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelab.blocks import calibrate
-try:  # TEMPORARY
-    from edgelab.expert_steps import shrink_experts
-except ImportError:
-    pass
+from edgelab.expert_steps import shrink_experts
 from edgelab.fit import fit
 from edgelab.layers import Quantized
 from edgelab.methods.coverage import Coverage, CoverageRow
@@ -60,18 +57,9 @@ from edgelab.recipe import (
 from edgelab.runtime_steps import apply
 from edgelab.scheme import QuantScheme
 from edgelab.sensitivity import sensitivity
-try:  # TEMPORARY
-    from edgelab.sparsify import prune
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.structure import shrink
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.train import learn, quantization_aware
-except ImportError:
-    pass
+from edgelab.sparsify import prune
+from edgelab.structure import shrink
+from edgelab.train import learn, quantization_aware
 from edgelab.transforms import awq, rotate, smooth
 
 _BUDGET_TOKENS = 16_384  # of the calibration set, for the estimate of what each weight loses

@@ -9,19 +9,21 @@ For every router, over tokens t with gates g and outputs f_e(x):
 
 REAP (github.com/CerebrasResearch/reap, arXiv 2510.13999) is what the layer's output loses on average where the expert was used;
 HC-SMoE (arXiv 2410.08589) clusters mean outputs, which takes every expert's output for every token (experts / top-k times the work);
-M-SMoE (arXiv 2310.01334) groups by the router's logits.
+M-SMoE (arXiv 2310.01334) groups by the router's logits. A choice with gate 0 (skipped, see `routing`) is none.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from edgelab import data
+from edgelab.blocks import _checked, _forward, _quiet
 from edgelab.evaluate import routers
 from edgelab.layers import gated
 from edgelab.model import ExpertLayout, family_of, glu_settings
@@ -48,6 +50,11 @@ class ExpertStats:
         return ExpertStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
+    def frequency(self) -> Tensor:
+        """[E]: the share of the tokens that choose an expert; adds up to the experts per token."""
+        return self.counts.double() / max(self.tokens, 1)
+
+    @property
     def reap(self) -> Tensor:
         """[E]: mean of gate times output norm over an expert's own tokens; 0 where it had none."""
         return self.reap_sum / self.counts.clamp(min=1)
@@ -70,6 +77,20 @@ class ExpertStats:
         cov = self.logit_square / n - mean[:, None] * mean[None]
         sd = cov.diagonal().clamp(min=1e-30).sqrt()
         return cov / (sd[:, None] * sd[None])
+
+    def to_dict(self) -> dict:
+        """Plain numbers and lists, for JSON; `from_dict` reads them."""
+        return {f.name: v.tolist() if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, d: Mapping) -> "ExpertStats":
+        """Raises ValueError for a dict that `to_dict` did not write."""
+        if set(d) != {f.name for f in fields(cls)}:
+            raise ValueError(f"a dict of ExpertStats has the keys {', '.join(f.name for f in fields(cls))}, not {', '.join(map(str, d))}")
+        whole = ("counts", "together")
+        return cls(
+            d["tokens"], *(torch.tensor(d[f.name], dtype=torch.int64 if f.name in whole else torch.float64) for f in fields(cls)[1:])
+        )
 
     def rows(self) -> list[dict[str, str]]:
         """A line per expert."""
@@ -99,9 +120,9 @@ def expert_stats(model: nn.Module, batches: Sequence[Tensor], *, all_tokens: boo
     """{router: its `ExpertStats`} over `batches` int64 [B, T] without padding.
 
     `all_tokens`: also send every token to every expert, for `mean_output`. Raises ValueError for a model without experts or of a
-    family whose experts' layout is not known.
+    family whose experts' layout is not known, FloatingPointError when logits or outputs are NaN or infinite.
     """
-    places = mixtures(model)
+    places, batches = mixtures(model), _checked(model, batches)
     layout = family_of(model).experts
     found: dict[str, ExpertStats] = {}
     logits: dict[str, Tensor] = {}
@@ -116,21 +137,21 @@ def expert_stats(model: nn.Module, batches: Sequence[Tensor], *, all_tokens: boo
     def experts_hook(name: str):
         def hook(module, args, kwargs) -> None:
             x, gates, index = routed(args, kwargs)
-            found[name] = _add(found.get(name), _of(module, layout, x, gates, index, logits.pop(name), all_tokens))
+            new = _of(module, layout, x, gates, index, logits.pop(name), all_tokens)
+            if not all(t.isfinite().all() for t in (new.norm_sum, new.reap_sum, new.output_sum, new.logit_sum)):
+                raise FloatingPointError(f"{name}: router logits or outputs of its experts are NaN or infinite; check the checkpoint")
+            found[name] = new if name not in found else found[name].merge(new)
 
         return hook
 
     for router, experts in places.items():
         handles.append(model.get_submodule(router).register_forward_hook(router_hook(router)))
         handles.append(model.get_submodule(experts).register_forward_pre_hook(experts_hook(router), with_kwargs=True))
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with _quiet(model):
             for ids in tqdm(batches, desc="expert statistics", unit="batch", disable=not progress):
-                model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+                _forward(model, ids)
     finally:
-        model.train(training)
         for h in handles:
             h.remove()
     return {name: found[name] for name in places}
@@ -139,7 +160,12 @@ def expert_stats(model: nn.Module, batches: Sequence[Tensor], *, all_tokens: boo
 def by_domain(
     model: nn.Module, tokenizer, dataset, *, tokens: int = 8192, context: int = 256, all_tokens: bool = False, progress: bool = True
 ) -> dict[str, dict[str, ExpertStats]]:
-    """{domain: {router: ExpertStats}} of one split, such as corpus()["calibration"]: about `tokens` tokens of each domain."""
+    """{domain: {router: ExpertStats}} of one split, such as corpus()["calibration"]: about `tokens` tokens of each domain.
+
+    Raises ValueError for a data set without a column `domain`.
+    """
+    if "domain" not in (getattr(dataset, "column_names", None) or ()):
+        raise ValueError("dataset has no column 'domain'; give a split such as corpus()['calibration'], or call expert_stats")
     domains = list(dict.fromkeys(dataset["domain"]))
     found = {}
     for domain in domains:
@@ -147,6 +173,11 @@ def by_domain(
         batches = data.calibration_batches(tokenizer, rows, tokens=tokens, context=context)
         found[domain] = expert_stats(model, batches, all_tokens=all_tokens, progress=progress)
     return found
+
+
+def heatmap(stats: Mapping[str, ExpertStats], field: str = "reap") -> np.ndarray:
+    """float64 [layers, experts] of one figure per expert: counts, frequency, gate_mass, output_norm or reap."""
+    return np.stack([getattr(s, field).double().numpy() for s in stats.values()])
 
 
 def mixtures(model: nn.Module) -> dict[str, str]:
@@ -188,7 +219,8 @@ def output_of(experts: nn.Module, x: Tensor, e: int, layout: ExpertLayout) -> Te
 def _of(experts: nn.Module, layout: ExpertLayout, x, gates, index, logits, all_tokens: bool) -> ExpertStats:
     total = experts._parameters[layout.gate_up].shape[0]
     chosen = torch.zeros(len(x), total, dtype=torch.float64, device=x.device)
-    chosen.scatter_(1, index.clamp(max=total - 1), (index < total).double())  # the index `total` means none
+    index = index.masked_fill(gates == 0, total)  # the index `total` means none
+    chosen.scatter_add_(1, index.clamp(max=total - 1), (index < total).double())  # a token chooses an expert once at most
     mass, norm, reap = (torch.zeros(total, dtype=torch.float64) for _ in range(3))
     outputs = torch.zeros(total, x.shape[-1], dtype=torch.float64)
     for e in range(total):
@@ -205,7 +237,3 @@ def _of(experts: nn.Module, layout: ExpertLayout, x, gates, index, logits, all_t
     return ExpertStats(
         len(x), counts, mass, norm, reap, (chosen.T @ chosen).long().cpu(), outputs, wide.sum(0).cpu(), (wide.T @ wide).cpu()
     )
-
-
-def _add(before: ExpertStats | None, new: ExpertStats) -> ExpertStats:
-    return new if before is None else before.merge(new)

@@ -1,4 +1,4 @@
-"""Fewer experts: `DropExperts` and `MergeExperts` on a model, and routers that pass experts over without changing a shape.
+"""Fewer experts, or finer ones: `DropExperts` and `MergeExperts` on a model, routers that pass experts over, `split_experts`.
 
 Every layer loses as many, for the config has one number for all; which ones is each layer's own matter. All decisions see the
 original model in one pass: a layer is not judged behind layers that were cut already.
@@ -6,6 +6,12 @@ original model in one pass: a layer is not judged behind layers that were cut al
 `masked` computes what remains when experts are gone by letting the router decide among the others alone: a copy of it with
 their rows only, whose choices are numbered back. So top-k, groups, biases and the normalisation of gates are the family's own,
 and the result is that of `surgery.keep_experts` to rounding.
+
+`split_experts` rests on a sum: D act(G x)(U x) = sum_p D_p act(G_p x)(U_p x), for any deal of an expert's inner channels into
+parts. E experts become parts * E finer ones whose router rows are copies; all copies of an expert have one score, so with
+parts * top_k of them chosen the model computes what it did. A router that normalises its gates, or takes a softmax, gives each copy
+1 / parts of the gate; `routed_scaling_factor`, or else the down projections, make that good. Many small experts of which few are
+active are the shape of DeepSeekMoE (arXiv 2401.06066, section 3.1); `Route` may then use fewer.
 """
 
 import copy
@@ -16,14 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgelab.blocks import _checked, _forward, _inner, _quiet
 from edgelab.evaluate import routers
 from edgelab.expert_stats import ExpertStats, expert_stats, mixtures, output_of, routed
-from edgelab.methods.experts import around_dominant, average_linkage, averaged, least, subset
-from edgelab.model import family_of, weights
+from edgelab.methods.experts import around_dominant, average_linkage, averaged, deal, least, lost, subset
+from edgelab.model import ExpertLayout, family_of, weights
 from edgelab.recipe import DropExperts, MergeExperts
 from edgelab.surgery import keep_experts
 
-_SAMPLE = 512  # tokens whose outputs NAEE rebuilds
+_SAMPLE = 4096  # tokens whose outputs NAEE rebuilds, at most
+_GRAM_BYTES = 1 << 28  # of one layer's inner products for it: tokens * E * E * 4
 _NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
@@ -59,7 +67,7 @@ def shrink_experts(
     how = ""
     if step.method == "naee":
         kept, every = _rebuilding(model, places, stay, batches)
-        how = " (all subsets tried)" if every else " (greedy: too many subsets to try all)"
+        how = " (all subsets tried)" if every else " (elimination and exchange: too many subsets to try all)"
     else:
         scores = {"reap": lambda s: s.reap, "gate_mass": lambda s: s.gate_mass, "frequency": lambda s: s.counts}[step.method]
         gone = {name: least(scores(s), total[name] - stay[name]) for name, s in stats.items()}
@@ -76,23 +84,34 @@ def _listed(kept: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"{name.rpartition('.')[0]}: {', '.join(map(str, experts))}" for name, experts in kept.items())
 
 
+def drop(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Leaves `model` only the experts `kept` {router: experts}, as many in every layer: `surgery.keep_experts`."""
+    keep_experts(model, kept)
+
+
 def _rebuilding(model: nn.Module, places: Mapping[str, str], stay: Mapping[str, int], batches) -> tuple[dict[str, list[int]], bool]:
     """{router: the experts whose mixture is nearest to that of all}, and whether all subsets of all layers were tried."""
-    layout, seen = family_of(model).experts, {}
-    handles = []
-    for name in places:
-        handles.append(
-            model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: seen.setdefault(name, []).append(args[0]))
-        )
+    layout, batches = family_of(model).experts, _checked(model, batches)
+    total = sum(ids.numel() for ids in batches)
+    widest = max(model.get_submodule(name).weight.shape[0] for name in places)
+    rows = torch.linspace(0, total - 1, min(total, _SAMPLE, max(1, _GRAM_BYTES // (4 * widest**2)))).round().long().unique()
+    seen: dict[str, list[Tensor]] = {name: [] for name in places}
+    read = dict.fromkeys(places, 0)
+
+    def hook(name: str):
+        def keep(_module, args) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            here = rows[(rows >= read[name]) & (rows < read[name] + len(x))] - read[name]
+            read[name] += len(x)
+            seen[name].append(x[here.to(x.device)])
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in places]
     try:
-        model.eval()
-        with torch.no_grad():
-            read = 0
+        with _quiet(model):
             for ids in batches:
-                model(input_ids=ids, use_cache=False)
-                read += ids.numel()
-                if read >= _SAMPLE:
-                    break
+                _forward(model, ids)
     finally:
         for h in handles:
             h.remove()
@@ -100,19 +119,19 @@ def _rebuilding(model: nn.Module, places: Mapping[str, str], stay: Mapping[str, 
     with torch.no_grad():
         for name, place in places.items():
             router, experts = model.get_submodule(name), model.get_submodule(place)
-            x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen.pop(name)])
-            x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:_SAMPLE]]
-            outputs = torch.stack([output_of(experts, x, e, layout) for e in range(router.weight.shape[0])])  # [E, n, hidden]
+            x, count = torch.cat(seen.pop(name)), router.weight.shape[0]
+            grams = []
+            for part in x.split(512):  # [n, E, hidden] of so many tokens at a time
+                f = torch.stack([output_of(experts, part, e, layout).float() for e in range(count)], 1)
+                grams.append(f @ f.mT)
+            gram = torch.cat(grams)
 
-            def mixed(kept_here: Sequence[int], router=router, outputs=outputs, x=x) -> Tensor:
-                _, gates, index = _among(router, kept_here)(x)
-                _, gates, index = routed((x, gates, index), {})
-                return (outputs[index.T, torch.arange(len(x))] * gates.T[..., None]).sum(0)
+            def dense(kept_here: Sequence[int], router=router, x=x, count=count) -> Tensor:
+                _, gates, index = routed((x, *_among(router, kept_here)(x)[1:]), {})
+                return torch.zeros(len(x), count, device=x.device).scatter_(1, index, gates.float())
 
-            whole = mixed(range(len(outputs)))
-            kept[name], tried = subset(
-                len(outputs), stay[name], lambda k, whole=whole, mixed=mixed: float((mixed(k) - whole).square().sum())
-            )
+            whole = dense(range(count))
+            kept[name], tried = subset(count, stay[name], lambda k, gram=gram, whole=whole, dense=dense: lost(gram, whole, dense(k)))
             every = every and tried
     return kept, every
 
@@ -139,6 +158,10 @@ def merge(model: nn.Module, clusters: Mapping[str, Sequence[Sequence[int]]], use
     """
     layout, places, kept = family_of(model).experts, mixtures(model), {}
     for name, groups in clusters.items():
+        if sorted(e for g in groups for e in g) != list(range(len(used[name]))) or not all(len(g) for g in groups):
+            raise ValueError(
+                f"{name}: the groups {[list(g) for g in groups]} must hold each of the experts 0 .. {len(used[name]) - 1} once"
+            )
         stacks = {w.parameter: w.tensor for w in weights(model) if w.module_name == places[name]}
         gate_up, down = stacks[layout.gate_up], stacks[layout.down]  # views [E, 2 * inner, hidden], [E, hidden, inner]
         inner = down.shape[-1]
@@ -212,3 +235,119 @@ def _among(router: nn.Module, kept: Sequence[int]):
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+@torch.no_grad()
+def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | None = None) -> list[str]:
+    """Makes `parts` finer experts of each, in place, and a token choose parts * top_k of them: the same function. Returns remarks.
+
+    Expert e becomes parts * e .. parts * e + parts - 1, the most important inner channels first: by E[(g h)^2] |down column|^2 over
+    `batches`, or by the norms of the weights without them. Where the router has a bias for selection (DeepSeek), it orders the copies,
+    so that `Route(top_k=...)` takes the first ones first; other routers may take any. Raises ValueError when `parts` does not divide
+    the inner channels, and for routers that choose groups of experts first.
+    """
+    places, layout, config = mixtures(model), family_of(model).experts, model.config.get_text_config()
+    found = {name: (model.get_submodule(name), model.get_submodule(place)) for name, place in places.items()}
+    total = next(iter(found.values()))[0].weight.shape[0]
+    for name, (router, _) in found.items():
+        if (getattr(router, "num_group", None) or 1) > 1:
+            raise ValueError(
+                f"{name} picks groups of experts first (n_group = {router.num_group}); only models with n_group = 1 can be split"
+            )
+    importance = _importance(model, places, batches)
+    plans = {name: torch.stack([deal(v, parts) for v in importance[name]]) for name in places}  # [E, parts, n]
+    factor = float(parts) if getattr(next(iter(found.values()))[0], "norm_topk_prob", True) else 1.0
+    scaled = hasattr(config, "routed_scaling_factor")
+    if not scaled:
+        factor = float(parts)  # a softmax over copies gives each 1 / parts, normalised or not
+    for name, (router, experts) in found.items():
+        _split_stacks(experts, layout, plans[name], 1.0 if scaled else factor)
+        for tensors in (router._parameters, router._buffers):
+            for t in (t for t in tensors.values() if t is not None and t.ndim and t.shape[0] == total):
+                t.data, t.grad = t.detach().repeat_interleave(parts, 0), None
+        if "e_score_correction_bias" in router._buffers:  # a step that orders copies and is far below what tells experts apart
+            router.e_score_correction_bias -= torch.arange(parts, device=router.weight.device).repeat(total) * 2.0**-22
+        if scaled:
+            router.routed_scaling_factor *= factor
+        for module in (router, experts, model.get_submodule(name.rpartition(".")[0])):
+            for key in (*_NAMES, "top_k", "num_experts_per_tok"):
+                if isinstance(vars(module).get(key), int):
+                    setattr(module, key, vars(module)[key] * parts)
+        for key in ("intermediate_dim", "intermediate_size"):
+            if isinstance(vars(experts).get(key), int):
+                setattr(experts, key, vars(experts)[key] // parts)
+    for key in [f for f in _NAMES if getattr(config, f, None) == total]:  # all at once: they may be names of one number
+        setattr(config, key, total * parts)
+    config.num_experts_per_tok = next(iter(found.values()))[0].top_k
+    width = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+    setattr(config, width, getattr(config, width) // parts)
+    if getattr(config, "n_shared_experts", None):  # DeepSeek: their width is that many experts'
+        config.n_shared_experts *= parts
+    if scaled:
+        config.routed_scaling_factor = next(iter(found.values()))[0].routed_scaling_factor
+    return [f"{total} experts became {total * parts} of 1/{parts} the width; a token chooses {config.num_experts_per_tok}"]
+
+
+def _split_stacks(experts: nn.Module, layout: ExpertLayout, plan: Tensor, factor: float) -> None:
+    """Deals the channels as `plan` [E, parts, n] says; the down projections are multiplied by `factor`, not their biases."""
+    count, parts, n = plan.shape
+    flat = plan.flatten(1)  # [E, inner]
+    both = torch.stack([2 * flat, 2 * flat + 1], -1).flatten(1) if layout.interleaved else None
+
+    def rows(t: Tensor) -> Tensor:
+        """[E, 2 * inner, ...] to [E * parts, 2 * n, ...]"""
+        if layout.interleaved:
+            picked = torch.stack([x[i.to(x.device)] for x, i in zip(t, both, strict=True)])
+            return picked.unflatten(1, (parts, 2 * n)).flatten(0, 1)
+        halves = t.unflatten(1, (2, -1))  # [E, 2, inner, ...]
+        picked = torch.stack([x[:, i.to(x.device)] for x, i in zip(halves, flat, strict=True)])
+        return picked.unflatten(2, (parts, n)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    stacks = {key: p.detach().mT if layout.transposed else p.detach() for key, p in experts.named_parameters(recurse=False) if p.ndim == 3}
+    down = stacks[layout.down].mT  # [E, inner, hidden]
+    down = torch.stack([x[i.to(x.device)] for x, i in zip(down, flat, strict=True)]).unflatten(1, (parts, n)).flatten(0, 1).mT * factor
+    new = {layout.gate_up: rows(stacks[layout.gate_up]), layout.down: down}
+    new = {key: (t.mT if layout.transposed else t).contiguous() for key, t in new.items()}
+    if layout.biased:
+        new[f"{layout.gate_up}_bias"] = rows(getattr(experts, f"{layout.gate_up}_bias").detach())
+        new[f"{layout.down}_bias"] = getattr(experts, f"{layout.down}_bias").detach().repeat_interleave(parts, 0)
+    for key, t in new.items():
+        parameter = getattr(experts, key)
+        parameter.data, parameter.grad = t, None
+
+
+def _importance(model: nn.Module, places: Mapping[str, str], batches: Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """{router: float64 [E, inner]}: about what the layer's output loses, squared, without each channel."""
+    layout, found = family_of(model).experts, {}
+    for name, place in places.items():
+        stacks = {w.parameter: w.tensor for w in weights(model) if w.module_name == place}
+        columns = stacks[layout.down].double().square().sum(1)  # [E, inner]
+        norms = stacks[layout.gate_up].double().square().sum(-1)
+        gate, up = (norms[:, ::2], norms[:, 1::2]) if layout.interleaved else norms.chunk(2, 1)
+        found[name] = columns * (gate * up if batches is None else 1.0)
+    if batches is None:
+        return found
+    squares = {name: torch.zeros_like(v) for name, v in found.items()}
+
+    def hook(name: str):
+        def see(module, args, kwargs) -> None:
+            x, gates, index = routed(args, kwargs)
+            for e in range(len(squares[name])):
+                token, slot = (index == e).nonzero(as_tuple=True)
+                h = _inner(module, x[token], e, layout).double() * gates[token, slot, None].double()
+                squares[name][e] += h.square().sum(0)
+
+        return see
+
+    handles = [model.get_submodule(place).register_forward_pre_hook(hook(name), with_kwargs=True) for name, place in places.items()]
+    try:
+        with _quiet(model):
+            for ids in _checked(model, batches):
+                _forward(model, ids)
+    finally:
+        for h in handles:
+            h.remove()
+    return {name: v * squares[name] for name, v in found.items()}

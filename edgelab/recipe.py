@@ -811,7 +811,7 @@ class Recipe:
                 DropExperts(0.5, method="reap"),
                 Distill(steps=steps, lr=1e-3, batch=8),
                 Quantize(rules, method="gptq", budget=bits, choices=choices),
-                Distill(steps=scale_steps, lr=1e-3, batch=8, train="scales"),
+                Distill(steps=scale_steps, lr=3e-3, batch=8, train="scales"),
             )
         )
 

@@ -9,31 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-try:  # TEMPORARY
-    from edgelab.dynamic import skip_channels
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.early_exit import attach as attach_exit
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.early_exit import early_exit
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.early_exit import restore as restore_exit
-except ImportError:
-    pass
+from edgelab.dynamic import skip_channels
+from edgelab.early_exit import attach as attach_exit
+from edgelab.early_exit import early_exit
+from edgelab.early_exit import restore as restore_exit
 from edgelab.recipe import EarlyExit, Route, RunTime, SkipChannels, SparseAttention
-try:  # TEMPORARY
-    from edgelab.routing import route
-except ImportError:
-    pass
-try:  # TEMPORARY
-    from edgelab.sparse_attention import sparse_attention
-except ImportError:
-    pass
+from edgelab.routing import route
+from edgelab.sparse_attention import sparse_attention
 
 _RECORD = "_edgelab_runtime"
 

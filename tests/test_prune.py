@@ -14,11 +14,11 @@ from edgelab.scheme import QuantScheme
 SHAPES = [(1, 1), (3, 7), (8, 16), (20, 260)]
 
 
-def inputs(n: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
-    """Correlated inputs of very different sizes."""
+def inputs(n: int, tokens: int = 400, seed: int = 0, decades: float = 1.0) -> torch.Tensor:
+    """Correlated inputs of sizes that are `decades` above and below 1, neighbours' too."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n)
-    return torch.randn(tokens, n, generator=generator) @ mix * torch.logspace(-1, 1, n)
+    return torch.randn(tokens, n, generator=generator) @ mix * torch.logspace(-decades, decades, n)[torch.randperm(n, generator=generator)]
 
 
 # ------------------------------------------------------------------------------------------------------ naive versions
@@ -45,7 +45,6 @@ def naive_sparsegpt(weight: np.ndarray, h: np.ndarray, sparsity=None, n_of_m=Non
             score = w[:, columns] ** 2 / np.diag(u)[columns] ** 2
             gone = int(np.floor(sparsity * score.size + 0.5))
             order = np.argsort(score, axis=None, kind="stable")[:gone]
-            mask[:, columns].reshape(-1)  # the slice is a view; flat indices are of the block
             part = mask[:, columns].copy()
             part.flat[order] = False
             mask[:, columns] = part
@@ -74,7 +73,8 @@ def test_counts_are_exact(shape, sparsity):
         assert int((~keep(scores, sparsity, within)).sum()) == wanted
     each = (~keep(scores, sparsity)).sum(1)
     assert each.max() - each.min() <= 1
-    assert int((~keep_global({"a": scores, "b": scores + 0.5}, sparsity)["a"]).sum()) <= wanted * 2
+    both = keep_global({"a": scores, "b": scores + 0.5}, sparsity)
+    assert sum(int((~m).sum()) for m in both.values()) == int(np.floor(sparsity * 2 * out * n + 0.5))
     assert sum(counts(sparsity, out, n)) == wanted
     pruned = sparsegpt(torch.randn(shape) + 3, torch.eye(n), sparsity, block=4)
     assert int((pruned == 0).sum()) == wanted
@@ -136,7 +136,8 @@ def test_wanda_equals_the_papers_code(sparsity):
     "settings", [{"sparsity": 0.5}, {"sparsity": 0.7}, {"sparsity": 0.5, "block": 32}, {"n_of_m": (2, 4)}, {"n_of_m": (4, 8)}]
 )
 def test_sparsegpt_equals_the_algorithm_with_an_inverse(settings):
-    w, x = torch.randn(12, 160), inputs(160, tokens=1000)
+    """The masks to the last weight: statistics that are mild enough for float32 and float64 to rank alike."""
+    w, x = torch.randn(12, 160), inputs(160, tokens=4000, decades=0.3)
     xx = x.T @ x
     pruned = sparsegpt(w, xx, **settings)
     ref = naive_sparsegpt(w.numpy(), xx.double().numpy(), **settings)
@@ -159,7 +160,7 @@ def test_each_method_loses_less_than_the_one_before(n_of_m):
         loss(w, p, x)
         for p in (masked(w.abs(), "matrix"), masked(wanda(w, x.square().sum(0)), "row"), sparsegpt(w, x.T @ x, 0.5, n_of_m=n_of_m))
     ]
-    assert lost[1] < 0.5 * lost[0] and lost[2] < 0.8 * lost[1], lost
+    assert lost[1] < 0.5 * lost[0] and lost[2] < 0.9 * lost[1], lost
 
 
 def test_what_is_zero_stays_zero_and_is_counted():

@@ -1,8 +1,12 @@
 """Which experts of a mixture stay, and how alike ones become one. Pure functions on statistics and weights.
 
-Dropping (`least`) ranks experts within a layer. Subsets (`greedy_subset`, `best_subset`) are judged by what the layer computes
-without them, as NAEE does (arXiv 2402.14800, section 3.2): all of them where they are few, else the expert goes whose loss hurts
-least, one after another; the error is exact for what is tried, the greedy path need not find the best subset.
+Dropping (`least`) ranks experts within a layer. Subsets (`subset`) are judged by what the layer computes without them, as NAEE
+does (arXiv 2402.14800, section 3.2): all of them where they are few, else the expert goes whose loss hurts least, one after
+another, and then kept ones change places with those that went for as long as the error falls. The error is exact for
+what is tried; the search need not find the best subset. It takes no outputs [tokens, E, hidden]: with g the gates of all
+experts, g' those of the router that has only the subset, and F_t = f(x_t) f(x_t)^T [E, E],
+
+    sum_t | sum_e (g - g')_e f_e(x_t) |^2  =  sum_t (g - g')_t^T F_t (g - g')_t
 
 Merging: `average_linkage` clusters mean outputs from the bottom up (HC-SMoE, arXiv 2410.08589, section 3.2: the distance between
 two clusters is the mean over pairs), `around_dominant` gives each expert to the most similar of the most used ones (M-SMoE,
@@ -40,10 +44,26 @@ def subset(total: int, keep: int, error: Callable[[tuple[int, ...]], float]) -> 
     """
     if comb(total, keep) <= MOST_SUBSETS:
         return list(min(combinations(range(total), keep), key=error)), True
-    kept = tuple(range(total))
+    kept, value = tuple(range(total)), 0.0
     while len(kept) > keep:
-        kept = min((kept[:i] + kept[i + 1 :] for i in range(len(kept))), key=error)
-    return list(kept), False
+        value, kept = min((error(k), k) for k in (kept[:i] + kept[i + 1 :] for i in range(len(kept))))
+    while True:
+        others = [e for e in range(total) if e not in kept]
+        lower, best = min((error(k), k) for k in (tuple(sorted({*kept} - {a} | {b})) for a in kept for b in others))
+        if lower >= value * (1 - 1e-9):
+            return list(kept), False
+        value, kept = lower, best
+
+
+def lost(gram: Tensor, gates: Tensor, other: Tensor) -> float:
+    """sum_t |sum_e (g - g')_e f_e(x_t)|^2 with `gram` [tokens, E, E] of the experts' outputs, gates and other [tokens, E].
+
+    >>> gram = torch.tensor([[[4.0, 2.0], [2.0, 9.0]]])  # one token: |f0| = 2, |f1| = 3, f0 . f1 = 2
+    >>> lost(gram, torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))  # |(f1 - f0) / 2|^2 = (9 - 4 + 4) / 4
+    2.25
+    """
+    d = (gates - other).to(gram.dtype)
+    return float((torch.bmm(gram, d[..., None])[..., 0] * d).sum(dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------------------------- clusters
@@ -110,3 +130,18 @@ def averaged(gate_up: Tensor, down: Tensor, members: Iterable[int], used: Tensor
         total_gate_up += weight * gate_up[e][:, order].double()
         total_down += weight * down[e][:, order].double()
     return head, total_gate_up.to(gate_up.dtype), total_down.to(down.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+def deal(importance: Tensor, parts: int) -> Tensor:
+    """int64 [parts, inner / parts]: the inner channels by importance [inner], the most important part first.
+
+    >>> deal(torch.tensor([0.1, 0.9, 0.2, 0.8]), 2)
+    tensor([[1, 3],
+            [2, 0]])
+    """
+    if parts < 1 or len(importance) % parts:
+        raise ValueError(f"parts={parts} does not divide the {len(importance)} inner channels of an expert")
+    return torch.argsort(importance, descending=True, stable=True).reshape(parts, -1)

@@ -14,8 +14,10 @@ factor H = R R^T = (I + T) D (I + T)^T of `methods/gptq.py`, which needs no inve
 
     target_j = W[:, j] + E[:, :j] T[:j, j],    score = target_j^2 d_j,    Q[:, j] = target_j or 0,    E = W - Q
 
-with d_j = D_jj = 1 / U_jj^2. The mask of a block of 128 columns is chosen when the block is reached, from targets that
-hold what the blocks before it have left; the mask of n:m for each m columns when these are reached.
+with d_j = D_jj = 1 / U_jj^2. The mask of a block of 128 columns is chosen when the block is reached, that of n:m for each m
+columns when these are reached: from the values that the columns B of the block would take if none of them were pruned,
+W_B + G (I + T_BB)^-1 with G = E[:, :a] T[:a, B], which is what W holds at that moment where all later columns are updated at
+once, as in the paper. (target_j alone would take the columns between for unchanged.)
 
 **Counts are exact.** Of n weights that are compared, round(sparsity * n) go (halves up), where there are several rows or
 blocks by running totals: row i loses R(i + 1) - R(i) with R(i) = round(sparsity * n * i), so that the whole matrix loses
@@ -177,12 +179,15 @@ def _sparsegpt(weight: Tensor, xx: Tensor, sparsity: float, n_of_m, damping: flo
         warnings.warn(f"{name} saw no token in calibration (xx is zero): pruned by magnitude instead", stacklevel=3)
         mask = keep_n_of_m(weight.abs(), *n_of_m) if n_of_m else keep(weight.abs(), sparsity, "matrix")
         return weight.masked_fill(~mask, 0.0)
-    tt, d = _factor(_damped(h, damping, name)[0])
+    damped, diagonal = _damped(h, damping, name)
+    tt, d = _factor(damped)
+    d[diagonal == 0] = 0.0  # an input that is never active: its weights go first, whatever the damping says they cost
     wt = weight.T.contiguous()  # [in, out]: a column of the weight lies in one piece
     alive, error, result, zero = wt != 0, torch.empty_like(wt), torch.empty_like(wt), wt.new_zeros(())
 
-    def mask_of(target: Tensor, rows: slice, gone: int | None) -> Tensor:
-        """Which of target [columns, out] stay."""
+    def mask_of(left: Tensor, rows: slice, gone: int | None) -> Tensor:
+        """Which of the columns `rows` stay, bool [columns, out]; `left` [columns, out]: what those before leave to them."""
+        target = wt[rows] + torch.linalg.solve_triangular(tt[rows, rows], left, upper=False, unitriangular=True)
         scores = torch.where(alive[rows], target.square() * d[rows, None], -1.0)
         if gone is None:
             return keep_n_of_m(scores.T, *n_of_m).T & alive[rows]
@@ -192,13 +197,13 @@ def _sparsegpt(weight: Tensor, xx: Tensor, sparsity: float, n_of_m, damping: flo
     goal = [math.floor(sparsity * out * a + 0.5) for a in range(n + 1)]  # zeros in the first a columns
     for a in range(0, n, block):
         b = min(a + block, n)
-        target = wt[a:b] + tt[a:b, :a] @ error[:a]  # what the blocks before leave to this one
-        mask = None if n_of_m else mask_of(target, slice(a, b), goal[b] - goal[a])
+        left = tt[a:b, :a] @ error[:a]  # what the blocks before leave to this one
+        target = wt[a:b] + left
+        mask = None if n_of_m else mask_of(left, slice(a, b), goal[b] - goal[a])
         for j in range(a, b):
             if n_of_m and j % n_of_m[1] == 0:
                 columns = slice(j, j + n_of_m[1])
-                part = target[j - a : columns.stop - a] + tt[columns, a:j] @ error[a:j]
-                mask = mask_of(part, columns, None)
+                mask = mask_of(left[j - a : columns.stop - a] + tt[columns, a:j] @ error[a:j], columns, None)
             w = target[j - a] if j == a else torch.addmv(target[j - a], error[a:j].T, tt[j, a:j])
             stays = mask[j % n_of_m[1]] if n_of_m else mask[j - a]
             torch.where(stays, w, zero, out=result[j])  # not w * stays: that would write -0.0

@@ -168,7 +168,8 @@ def encode(
     def values(picked: np.ndarray) -> Values:
         if kind in FLOATS:
             return Values(np.ascontiguousarray(picked), kind, picked.size)
-        return Values(pack(picked, QuantScheme.parse(kind).bits), kind, picked.size, scales)
+        data = pack(picked, QuantScheme.parse(kind).bits) if picked.size else picked
+        return Values(data, kind, picked.size, scales)
 
     match form:
         case "bitmap":
@@ -204,7 +205,8 @@ def decode(sparse: Sparse) -> np.ndarray | QTensor:
         data, zero, dtype = _as_float32(values), 0, np.float32
     else:
         scheme = QuantScheme.parse(values.kind)
-        data, zero, dtype = unpack(values.data, scheme.bits, values.count), _zero_code(scheme), np.uint8
+        data = unpack(values.data, scheme.bits, values.count) if values.count else values.data
+        zero, dtype = _zero_code(scheme), np.uint8
     full = np.full(places.shape, zero, dtype)
     if isinstance(sparse, Bsr):
         high, wide = sparse.block
