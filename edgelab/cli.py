@@ -345,6 +345,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
         from edgelab.evaluate import QUICK_DOCS, evaluate
         from edgelab.export.onnx import export
         from edgelab.model import load, load_tokenizer
+        from edgelab.paths import data_dir
 
         n_threads = _threads(threads)
         model, tokenizer = load(source), load_tokenizer(source)
@@ -358,13 +359,15 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
         compressed = {name: compress(model, recipe) for name, recipe in recipes.items()}
         for name, c in compressed.items():
             _say(f"{name}: {c.coverage!r}")
+        phone, phone_coverage = load_bundle(data_dir() / "edge-phone"), coverage_of(data_dir() / "edge-phone")
+        _say(f"phone (half of the experts, then learning: made beforehand by python -m edgelab.phone): {phone_coverage!r}")
 
-    with steps("Evaluate all three on text that the model never saw"):
+    with steps("Evaluate all four on text that the model never saw"):
         max_docs = {"prose": 8, "code": 8, "assistant": 40, "arithmetic": 80} if quick else dict(QUICK_DOCS)
-        models = {"fp": model, **{name: c.model for name, c in compressed.items()}}
+        models = {"fp": model, **{name: c.model for name, c in compressed.items()}, "phone": phone}
         # the size of the original is that of its bfloat16 file, not of the float32 copy that runs here
         sizes = {"fp": sum(f.stat().st_size for f in source.glob("*.safetensors"))}
-        sizes |= {name: c.coverage.predicted_bytes for name, c in compressed.items()}
+        sizes |= {name: c.coverage.predicted_bytes for name, c in compressed.items()} | {"phone": phone_coverage.predicted_bytes}
         report = evaluate(models, tokenizer, test, max_docs=max_docs, seed=seed, bootstrap=500 if quick else 2000, sizes=sizes)
 
     with steps("Save the int4 bundle, check its hashes, load it again"):
@@ -404,7 +407,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
             -1, page.Section("The exported file", (page.facts_table("ONNX, run in ONNX Runtime against torch with the same codes", told),))
         )
         lead = (
-            f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point and in 8 and 4 bits. "
+            f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point, in 8 and 4 bits, and made for a phone. "
             f"Every number was measured on {machine()} by `edgelab demo`."
         )
         page.write(folder / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)

@@ -293,7 +293,7 @@ def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | 
 
 def _split_stacks(experts: nn.Module, layout: ExpertLayout, plan: Tensor, factor: float) -> None:
     """Deals the channels as `plan` [E, parts, n] says; the down projections are multiplied by `factor`, not their biases."""
-    count, parts, n = plan.shape
+    parts, n = plan.shape[1:]
     flat = plan.flatten(1)  # [E, inner]
     both = torch.stack([2 * flat, 2 * flat + 1], -1).flatten(1) if layout.interleaved else None
 

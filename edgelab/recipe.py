@@ -223,8 +223,8 @@ class Qat:
     """
 
     steps: int = 500
-    lr: float = 3e-4
-    scale_lr: float = 1.0
+    lr: float = 2e-4
+    scale_lr: float = 3.0
     batch: int = 8
     step_size: str = "lsq"
     start: str = "rtn"

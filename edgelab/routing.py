@@ -5,9 +5,9 @@ object, so that models stay picklable and copyable): a skipped choice keeps the 
 gates of the others take over its share where the router normalises (`methods.router`). Numbers stay as they were because
 everything that reads a choice (loads, overlaps, caches) expects experts there.
 
-What is saved: packed experts (`QExperts` and those made of them) are told "none" for a gate of 0, read nothing and compute nothing. The modules of
-transformers have no "none" outside of expert parallelism: they compute the skipped expert and multiply by 0. So `top_p` and
-`skip` save time after `Quantize`, top_k in either case, and `active_experts` counts what is needed.
+What is saved: packed experts (`QExperts` and those made of them) are told "none" for a gate of 0, read nothing and compute
+nothing. The modules of transformers have no "none" outside of expert parallelism: they compute the skipped expert and multiply
+by 0. So `top_p` and `skip` save time in a quantized model, top_k in any, and `active_experts` counts what is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,9 @@ def _mixtures(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
 
 
 def route(model: nn.Module, step: Route) -> list[str]:
-    """Remarks; from now on the routers of `model` choose as `step` says. A second call takes the place of the first.
+    """Remarks; from now on the routers of `model` choose as `step` says.
+
+    Of several calls the last one's `top_p` and `skip` hold (None: no rule any more), and the last `top_k` that was given.
 
     Raises ValueError for a model without experts, and for a top_k above what a router can choose from.
     """
@@ -64,8 +66,10 @@ def route(model: nn.Module, step: Route) -> list[str]:
     if step.top_p is not None or step.skip is not None:
         rule = _Rule(step.top_p, step.skip, _normalises(model, next(iter(known.values()))[0]))
         packed = all(isinstance(experts, QExperts | QExpertsMixed) for _, experts in known.values())
-        told.append("skipped experts are neither read nor computed" if packed else
-                    "skipped experts get gate 0; floating-point experts compute them all the same: quantize first to save the time")  # fmt: skip
+        saved = (
+            "neither read nor computed" if packed else "computed all the same in floating point (gate 0): quantize first to save the time"
+        )
+        told.append(f"skipped experts are {saved}")
     for router, experts in known.values():
         for hooks, kind in ((router._forward_hooks, _Rule), (experts._forward_pre_hooks, _Spare)):
             for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:

@@ -11,10 +11,12 @@ reached, is pruned by magnitude.
 Schedules, all with the same total:
 
 - "uniform": the same share of every matrix, so of every expert.
-- "global": one threshold for all. Magnitudes are compared as they are. Wanda's scores are divided by the root mean square
-  score of their weight (of a stack: of all its experts together, with sums over each one's tokens, so that experts that are
-  seldom chosen lose more), since a score in one layer and one in another are not errors of the same thing. One threshold
-  needs all scores at once: they come from one pass of the model as it was, and later blocks do not see pruned ones.
+- "global": one threshold for all. Magnitudes are compared as they are. Wanda's scores are divided by the mean score of their
+  output row, since a score in one layer and one in another are not errors of the same thing; what is compared is then how
+  uneven rows are. One threshold needs all scores at once: they come from one pass of the model as it was, and later blocks do
+  not see pruned ones. Measured at 50 % on the embedded models (mean KLD on test text, dense / MoE; uniform .136 / .253): .152 /
+  .259 so, .161 / .272 by the mean of each matrix, .323 / .338 by its root mean square, .574 / .526 as they are. Magnitude:
+  uniform .166 / .319, global .251 / .432. One threshold is worse than none, on models whose matrices are alike in size.
 - "sensitivity": a Fisher estimate of what each matrix loses at each of `LEVELS` sparsities near the wanted one, 1/2 sum w^2 F
   over the weights that the method's own mask would take (`edgelab.sensitivity`; for SparseGPT Wanda's mask), then shares
   that make the sum of losses least under the total (`methods.prune.share_out`). The estimate is of second order, sees no
@@ -220,9 +222,8 @@ def _global(model, step: Prune, chosen: list[Weight], batches, progress: bool, r
 
 
 def _normalised(scores: Tensor) -> Tensor:
-    """Divided by the root of their mean square."""
-    size = scores.square().mean(dtype=torch.float64).sqrt().float()
-    return scores / size if size > 0 else scores
+    """Divided by the mean of their output row."""
+    return scores / scores.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _sensitivity(model, step: Prune, chosen: list[Weight], batches, progress: bool, remarks: list[str]) -> Shares:

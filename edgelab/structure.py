@@ -6,14 +6,28 @@ What a layer's output loses when inputs c of its last matrix W (down, o_proj) go
     head g           tr(W[:, g] H_gg W[:, g]^T)              likewise for all columns of a head
     block            1 - E cos(h_in, h_out)                  block influence (ShortGPT, arXiv 2403.03853, section 3.1)
 
-"magnitude" looks at weights alone: |gate row| |up row| |down column| of a channel, |v rows| |o columns| of a head.
+"magnitude" looks at weights alone: |gate row| |up row| |down column| of a channel (their product: a factor moved from up to down
+changes nothing), |v rows| |o columns| of a head. On the embedded models it is worse than chance: in block 0 five of the ten
+channels that carry most have norms among the least tenth.
 
-**Repair.** What stays can say part of what went: the least-squares matrix on the kept inputs K for the output of all,
+**Repair.** What stays can say part of what goes (G). The matrix W' on the kept inputs K of least squared output error, damped
+towards W as it is, is
 
-    W' = W H[:, K] (H[K, K] + lambda I)^-1                   lambda = 0.01 mean diag H[K, K]
+    W' = W[:, K] + W[:, G] H[G, K] (H[K, K] + lambda I)^-1   lambda = 0.01 mean diag H[K, K]
 
-costs one solve per matrix and no byte (as in SliceGPT's and OBC's spirit; the same normal equations as arXiv 2208.11580, section 3).
-It comes with "activation". Experts that few tokens reached borrow statistics (`methods.calibrate.shrink`).
+It costs one solve per matrix and no byte (normal equations; for single weights Optimal Brain Compression's, arXiv 2208.11580).
+It comes with "activation". Each expert has its own H, to which as many tokens of the pool as there are channels are added: a rare
+expert leans on the others (`methods.calibrate.shrink`). KLD to the original in nats per token, mean of four domains, 20 documents
+each, 32,768 tokens of calibration:
+
+    share of the channels         10 %                30 %                50 %
+                             dense    MoE        dense    MoE        dense    MoE
+    activation, repaired     0.017    0.063      0.087    0.254      0.255    0.588
+    activation               0.026    0.082      0.151    0.340      0.533    0.810
+    random                   0.251    0.440      0.720    1.522      1.530    2.642
+    magnitude                0.794    2.625      1.516    4.267      3.057    5.340
+
+One head of four of the MoE: 0.127 repaired, 0.219 not. One of two of the dense model is too much for either (1.43, 1.33).
 
 Every block is judged by the original's activations. The config has one number for all layers, so each loses as many; a shared
 expert of DeepSeek must stay a multiple of the experts' width, and loses about the same share.
@@ -144,7 +158,12 @@ def _channels(model: nn.Module, step: PruneChannels, batches, progress: bool, re
     after = sum(p.numel() for p in model.parameters())
     was = {p.kind: p.width for p in parts}
     told = ", ".join(f"{kind} {was[kind]} -> {n} ({1 - n / was[kind]:.1%} gone)" for kind, n in stay.items())
-    return [f"channels kept by {step.method}: {told}; {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
+    remarks = [f"channels kept by {step.method}: {told}; {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
+    if still := [kind for kind, n in stay.items() if n == was[kind]]:
+        remarks.append(
+            f"share={step.share} of {', '.join(still)} channels rounds to none at multiple={step.multiple}; a smaller one cuts finer"
+        )
+    return remarks
 
 
 def _second_moments(stats, w: Weight) -> Tensor:
@@ -235,8 +254,20 @@ def _heads(model: nn.Module, step: PruneHeads, batches, progress: bool, repair: 
     keep_heads(model, {name: index.tolist() for name, index in kept.items()})
     _put(model, mended)
     after = sum(p.numel() for p in model.parameters())
-    told = "; ".join(f"{name.split('.')[-2]}: {', '.join(map(str, index.tolist()))}" for name, index in kept.items())
-    return [f"key-value heads kept by {step.method}, of {groups}: {told}; {1 - after / before:.1%} fewer parameters"]
+    told = "; ".join(f"{_number(name)}: {', '.join(map(str, index.tolist()))}" for name, index in kept.items())
+    remarks = [f"key-value heads kept by {step.method}, of {groups}: {told}; {1 - after / before:.1%} fewer parameters"]
+    if stay == groups:
+        remarks.append(f"share={step.share} of {groups} key-value heads rounds to none: no head went")
+    return remarks
+
+
+def _number(name: str) -> str:
+    """The block's number in a name, or all of it when there is none.
+
+    >>> _number("model.layers.3.self_attn")
+    '3'
+    """
+    return next((part for part in name.split(".") if part.isdigit()), name)
 
 
 def _values(listed: Mapping[str, Weight], name: str, groups: int) -> Tensor:

@@ -220,7 +220,7 @@ def students(b: Bench) -> Report:
     teacher, report = b.model(), Report(())
     models = {"teacher": teacher}
     for seed in range(3):
-        for how, step in (("distilled", Distill(steps=500, lr=2e-3, seed=seed)), ("text", FineTune(steps=500, lr=2e-3, seed=seed))):
+        for how, step in (("distilled", Distill(steps=300, lr=2e-3, seed=seed)), ("text", FineTune(steps=300, lr=2e-3, seed=seed))):
             torch.manual_seed(seed)
             student = AutoModelForCausalLM.from_config(student_config(len(b.tokenizer)), dtype=torch.float32).eval()
             name = f"{how}, seed {seed}"
