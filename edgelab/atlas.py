@@ -4,8 +4,11 @@
 what happens to it, see the KL divergence move. Every divergence is measured on the spot, on the same held-out tokens:
 
 - drop: the router never chooses it (`expert_steps.masked`): what removing its rows gives, without changing a shape;
-- merge into another: both become their average, weighted by how often each is used, and the router keeps the other's row;
-- bits: its weights are replaced by those that codes of the scheme stand for, rounded to nearest.
+- merge into another: one average takes their place, weighted by how often each is used, inner neurons matched first
+  (`methods.experts`), and the router keeps the other's row: what `expert_steps.merge` gives where that one is the most used;
+- bits: its weights, after merging, are replaced by those that codes of the scheme stand for, rounded to nearest.
+
+Layers are counted as mixtures, from 0: a model whose first block is dense has its mixture 0 in block 1.
 
 The quantization error on the map is |D| / |W| of an expert's weights, D what rounding them to `scheme` changes.
 """
@@ -25,9 +28,10 @@ from edgelab import plots
 from edgelab.evaluate import routers
 from edgelab.expert_stats import ExpertStats
 from edgelab.expert_steps import masked
+from edgelab.methods.experts import matched
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.metrics.kl_divergence.kl_divergence import token_kl
-from edgelab.model import weights
+from edgelab.model import family_of, weights
 from edgelab.scheme import QuantScheme
 
 ALL = "all domains"
@@ -77,17 +81,25 @@ class Atlas:
             raise ValueError(f"this {type(model).__name__} has no experts; the atlas is a map of a mixture of experts")
         if not self.batches:
             raise ValueError("batches is empty; give held-out token ids, such as those of data.calibration_batches")
-        self.by_domain = {domain: [found[r] for r in self.routers] for domain, found in stats.items()}
-        if not self.by_domain:
+        if not stats:
             raise ValueError("stats is empty; expert_stats.by_domain(model, tokenizer, corpus()['calibration']) makes it")
+        for domain, found in stats.items():
+            if set(found) != set(self.routers):
+                raise ValueError(f"stats of {domain!r} are of the routers {', '.join(found)}, the model's are {', '.join(self.routers)}")
+        self.by_domain = {domain: [found[r] for r in self.routers] for domain, found in stats.items()}
         merged, *others = self.by_domain.values()
         for other in others:
             merged = [a.merge(b) for a, b in zip(merged, other, strict=True)]
         self.by_domain = {ALL: merged} | self.by_domain
         self.experts = len(merged[0].counts)
         # [layers] of (gate_up, down): the weights that belong to each router, in the order of the model
-        stacks = [x for x in weights(model) if x.kind == "experts"]
-        self._stacks = [stacks[2 * i : 2 * i + 2] for i in range(len(self.routers))]
+        layout, found = family_of(model).experts, [x for x in weights(model) if x.kind == "experts"]
+        self._stacks, self._interleaved = [], layout.interleaved
+        for name in self.routers:
+            mine = {x.parameter: x for x in found if x.module_name.startswith(name.rpartition(".")[0] + ".")}
+            if set(mine) != {layout.gate_up, layout.down}:
+                raise ValueError(f"{name} has no floating-point experts beside it; the atlas edits the original, before Quantize")
+            self._stacks.append((mine[layout.gate_up], mine[layout.down]))
         self._errors = self._relative_errors()
         self.edits: dict[tuple[int, int], Edit] = {}
         with torch.no_grad():
@@ -114,14 +126,14 @@ class Atlas:
     def _relative_errors(self) -> np.ndarray:
         found = np.zeros((len(self.routers), self.experts))
         for i, stacks in enumerate(self._stacks):
-            total = sum(x.tensor.float().square().flatten(1).sum(1) for x in stacks)
-            wrong = sum((self._rounded(x.tensor, self.scheme) - x.tensor.float()).square().flatten(1).sum(1) for x in stacks)
-            found[i] = (wrong / total).sqrt().numpy()
+            total = sum(x.tensor.detach().float().square().flatten(1).sum(1) for x in stacks)
+            wrong = sum((self._rounded(x.tensor, self.scheme) - x.tensor.detach().float()).square().flatten(1).sum(1) for x in stacks)
+            found[i] = (wrong / total.clamp(min=1e-30)).sqrt().cpu().numpy()
         return found
 
     @staticmethod
     def _rounded(tensor: Tensor, scheme: str) -> Tensor:
-        return torch.from_numpy(round_to_nearest(tensor, QuantScheme.parse(scheme), mse_grid=24).dequantize())
+        return torch.from_numpy(round_to_nearest(tensor.detach(), QuantScheme.parse(scheme), mse_grid=24).dequantize()).to(tensor.device)
 
     # -------------------------------------------------------------------------------------------------------- the edits
 
@@ -137,10 +149,10 @@ class Atlas:
             del self.edits[layer, expert]
         try:
             self._check(layer)
-        except ValueError:
+            kld = self.kld()
+        except BaseException:  # also when the reader interrupts the measurement: what was not measured did not happen
             self.edits = before
             raise
-        kld = self.kld()
         self.trail.append((f"layer {layer}, expert {expert}: {edit}", kld, self.nbytes))
         return kld
 
@@ -177,7 +189,7 @@ class Atlas:
         total = 0.0
         with self.edited(), torch.no_grad():
             for ids, reference in zip(self.batches, self._reference, strict=True):
-                got = self.model(ids, use_cache=False).logits.float()
+                got = torch.log_softmax(self.model(ids, use_cache=False).logits.float(), -1)
                 total += float(token_kl(reference.flatten(0, 1), got.flatten(0, 1)).sum())
         return total / sum(ids.numel() for ids in self.batches)
 
@@ -188,14 +200,14 @@ class Atlas:
         saved: list[tuple[Tensor, Tensor]] = []
         with ExitStack() as stack, torch.no_grad():
             try:
+                for i in range(len(self.routers)):
+                    self._merge(i, saved)
                 for (i, e), edit in self.edits.items():
                     if edit.action in ("drop", "merge into"):
                         gone.setdefault(self.routers[i], []).append(e)
                     if edit.action.endswith("bits"):
                         for x in self._stacks[i]:
                             self._put(saved, x.tensor[e], self._rounded(x.tensor[e], _scheme(edit)))
-                for i in range(len(self.routers)):
-                    self._merge(i, saved)
                 if gone:
                     stack.enter_context(masked(self.model, gone))
                 yield self.model
@@ -211,10 +223,19 @@ class Atlas:
                 groups.setdefault(edit.into, [edit.into]).append(e)
         counts = _array(self.by_domain[ALL][layer].counts)
         for into, members in groups.items():
-            share = torch.from_numpy(counts[members] + 1e-9).float()
-            share = (share / share.sum())[:, None, None]
-            for x in self._stacks[layer]:
-                self._put(saved, x.tensor[into], (x.tensor[members].float() * share).sum(0))
+            share = counts[members] / counts[members].sum() if counts[members].sum() else np.full(len(members), 1 / len(members))
+            up, down = (x.tensor for x in self._stacks[layer])  # [E, 2 * inner, hidden], [E, hidden, inner]
+            inner = down.shape[-1]
+            parted = up.unflatten(1, (inner, 2)).transpose(1, 2) if self._interleaved else up.unflatten(1, (2, inner))
+            first = torch.zeros_like(parted[into], dtype=torch.float64)
+            second = torch.zeros_like(down[into], dtype=torch.float64)
+            for weight, e in zip(share.tolist(), members, strict=True):
+                order = torch.arange(inner) if e == into else matched(parted[e], down[e], parted[into], down[into])
+                first += weight * parted[e][:, order].double()
+                second += weight * down[e][:, order].double()
+            whole = (first.transpose(0, 1) if self._interleaved else first).reshape(up.shape[1:])
+            self._put(saved, up[into], whole)
+            self._put(saved, down[into], second)
 
     @staticmethod
     def _put(saved: list[tuple[Tensor, Tensor]], target: Tensor, value: Tensor) -> None:
@@ -248,7 +269,7 @@ class AtlasControl:
     """
 
     def __init__(self, atlas: Atlas, metric: str = "REAP score", domain: str = ALL) -> None:
-        self.atlas, self.error, self._busy = atlas, None, False
+        self.atlas, self.error = atlas, None
         wide = {"description_width": "6em"}
         self.metric = w.Dropdown(options=list(METRICS), value=metric, description="map of", style=wide, layout={"width": "18em"})
         self.domain = w.Dropdown(options=list(atlas.by_domain), value=domain, description="domain", style=wide, layout={"width": "16em"})
@@ -289,18 +310,28 @@ class AtlasControl:
         return fig
 
     def choose(self, layer: int, expert: int) -> None:
-        """Point at an expert."""
+        """Point at an expert. Of one that is not there `error` tells."""
+        self._guard(lambda: self._choose(layer, expert))
+
+    def _choose(self, layer: int, expert: int) -> None:
+        if not (0 <= layer < len(self.atlas.routers) and 0 <= expert < self.atlas.experts):  # a box would cut it off and say nothing
+            raise ValueError(
+                f"layer {layer}, expert {expert}: there are layers 0 .. {len(self.atlas.routers) - 1} of {self.atlas.experts} experts"
+            )
         self.layer.value, self.expert.value = layer, expert
 
     def apply(self, action: str | None = None, into: int | None = None) -> float | None:
         """Do the chosen action to the chosen expert; the divergence of all edits, or None where it makes no sense."""
+        return self._guard(lambda: self._apply(action, into))
+
+    def _apply(self, action: str | None, into: int | None) -> float:
         if action is not None:
+            Edit(action, (self.into.value if into is None else into) if action == "merge into" else into)  # says what is not known
             self.action.value = action
         if into is not None:
+            if not 0 <= into < self.atlas.experts:
+                raise ValueError(f"into={into}: give another expert of the same layer, 0 .. {self.atlas.experts - 1}")
             self.into.value = into
-        return self._guard(self._apply)
-
-    def _apply(self) -> float:
         partner = self.into.value if self.action.value == "merge into" else None
         kld = self.atlas.edit(self.layer.value, self.expert.value, self.action.value, partner)
         self._draw()
@@ -347,8 +378,9 @@ class AtlasControl:
         what, kld, size = self.atlas.trail[-1]
         edit = self.atlas.edits.get((i, e))
         of = f"{METRICS[metric]}; {self.domain.value}"
+        who = f"Layer {i} ({self.atlas.routers[i].rpartition('.')[0]}), expert {e}{f' ({edit})' if edit else ''}"
         return (
-            f"Layer {i}, expert {e}{f' ({edit})' if edit else ''}: {metric} {z[i, e]:.3g} ({of}), number {rank} of "
+            f"{who}: {metric} {z[i, e]:.3g} ({of}), number {rank} of "
             f"{z.shape[1]} in its layer. {len(self.atlas.edits)} edits; last: {what}; KL divergence now {kld:.4f} nats per token, "
             f"experts at {100 * size / self.atlas.trail[0][2]:.1f} % of their bytes in 16 bits."
         )

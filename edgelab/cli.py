@@ -157,6 +157,8 @@ def _recipe(
         return Recipe.uniform(scheme, method=method or "rtn", activations=activations, budget=budget)
     if method or activations or budget:
         raise ValueError("--method, --activations and --budget go with --scheme; a recipe names its own")
+    if str(file) == "phone" and not file.exists():
+        return Recipe.phone()
     try:
         return Recipe.from_json(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -227,14 +229,14 @@ def _documents(source: str | None):
     return datasets.concatenate_datasets([part for part in splits.values() if len(part)])
 
 
-def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int) -> list:
-    """Batches of calibration tokens: of the embedded corpus' calibration split, or of that of any other source."""
+def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int, split: str = "calibration") -> list:
+    """Batches of tokens of the embedded corpus' calibration (or training) split, or of that of any other source."""
     from edgelab.data import calibration_batches, corpus, from_source
 
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, and this recipe has to see text: put its files beside config.json")
     splits = corpus() if source is None else from_source(source, label=Path(source).stem or "text")
-    return calibration_batches(tokenizer, splits["calibration"], tokens=tokens, context=context)
+    return calibration_batches(tokenizer, splits[split], tokens=tokens, context=context)
 
 
 def _context(models: Iterable, asked: int | None) -> int:
@@ -407,7 +409,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
             -1, page.Section("The exported file", (page.facts_table("ONNX, run in ONNX Runtime against torch with the same codes", told),))
         )
         lead = (
-            f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point, in 8 and 4 bits, and made for a phone. "
+            f"{type(model).__name__} with {int4.coverage.parameters:,} parameters, in floating point, 8 and 4 bits, and for a phone. "
             f"Every number was measured on {machine()} by `edgelab demo`."
         )
         page.write(folder / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)
@@ -430,7 +432,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
 def compress(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the bundle to.")],
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="A recipe as JSON.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A recipe as JSON, or phone: the one of the house.")] = None,
     scheme: Annotated[
         str | None, typer.Option("--scheme", help="One scheme for all weights, such as int4-g32, int8-row, uint4-g64, nf4-g64.")
     ] = None,
@@ -444,6 +446,13 @@ def compress(
     ] = None,
     data: CalibrationData = None,
     tokens: CalibrationTokens = 65_536,
+    training_tokens: Annotated[
+        int, typer.Option("--training-tokens", help="At most so many tokens of the training split, for steps that learn.", min=1)
+    ] = 2_000_000,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Folder for checkpoints of steps that learn; given again, they go on from there. Default: OUT.work"),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -474,9 +483,14 @@ def compress(
         out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
         return
     loaded, calibration = load(model), None
+    training, folder = None, work or out.with_name(out.name + ".work")
     if not chosen.data_free:
         calibration = _calibration(tokenizer, model, data, tokens, _context([loaded], None))
-    result = run(loaded, chosen, calibration=calibration, inplace=True)
+    if chosen.learns:
+        training = _calibration(tokenizer, model, data, training_tokens, min(256, _context([loaded], None)), split="train")
+        _say(f"checkpoints and curves of the learning steps: {folder}")
+    settings = {"folder": folder} if chosen.learns else {"inplace": True}
+    result = run(loaded, chosen, calibration=calibration, training=training, **settings)
     for remark in result.remarks:
         err_console.print(f"Note: {remark}", markup=False, style="yellow", soft_wrap=True)
     bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole

@@ -246,8 +246,11 @@ def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | 
 
     Expert e becomes parts * e .. parts * e + parts - 1, the most important inner channels first: by E[(g h)^2] |down column|^2 over
     `batches`, or by the norms of the weights without them. Where the router has a bias for selection (DeepSeek), it orders the copies,
-    so that `Route(top_k=...)` takes the first ones first; other routers may take any. Raises ValueError when `parts` does not divide
-    the inner channels, and for routers that choose groups of experts first.
+    so that `Route(top_k=...)` takes the first ones first; other routers may take any. That order is a step of 2.4e-7 in the score: a
+    token whose last chosen and first left-out expert are nearer than parts times that may choose otherwise. Routers that normalise keep
+    the sum of their gates also when fewer parts are chosen, which scales those up.
+
+    Raises ValueError when `parts` does not divide the inner channels, and for routers that choose groups of experts first.
     """
     places, layout, config = mixtures(model), family_of(model).experts, model.config.get_text_config()
     found = {name: (model.get_submodule(name), model.get_submodule(place)) for name, place in places.items()}

@@ -686,6 +686,11 @@ class Distill:
         _check_settings(self)
         _one_of(self, "loss", ("forward", "reverse", "jsd", "skew"))
         _one_of(self, "train", _TRAIN)
+        if self.samples and (self.loss != "forward" or self.temperature != 1):
+            raise ValueError(
+                f"samples={self.samples}: tokens drawn from the teacher stand for the forward loss at temperature 1, not for "
+                f"loss={self.loss!r} at {self.temperature:g}; give samples=0, which reads the teacher at each step"
+            )
 
     def to_dict(self) -> dict:
         return {"step": "distill", **asdict(self)}

@@ -38,7 +38,7 @@ from edgelab.scheme import QuantScheme
 from edgelab.train import learn
 
 MEAN = "mean of domains"
-DOCS = {"prose": 60, "code": 60, "assistant": 200, "arithmetic": 200, adapt.DOMAIN: 200}
+DOCS = {"prose": 40, "code": 40, "assistant": 150, "arithmetic": 150, adapt.DOMAIN: 200}
 CALIBRATION_TOKENS = 32_768
 CONTEXT = 256
 
@@ -156,13 +156,13 @@ def experts(b: Bench) -> Report:
 
 
 def recovery(b: Bench) -> Report:
-    """Half of the experts gone; then 1,000 steps from the original's distributions, or from the text alone."""
+    """Half of the experts gone; then 500 steps from the original's distributions, or from the text alone."""
     fp, drop = b.model(), DropExperts(0.5, method="reap")
     models = {
         "fp": fp,
         "REAP 50%": b.run("reap50", fp, Recipe((drop,))),
-        "REAP 50%, distilled": b.run("reap50-distilled", fp, Recipe((drop, Distill(steps=800)))),
-        "REAP 50%, fine-tuned": b.run("reap50-text", fp, Recipe((drop, FineTune(steps=800)))),
+        "REAP 50%, distilled": b.run("reap50-distilled", fp, Recipe((drop, Distill(steps=500)))),
+        "REAP 50%, fine-tuned": b.run("reap50-text", fp, Recipe((drop, FineTune(steps=500)))),
     }
     return b.report(models)
 
@@ -206,7 +206,7 @@ def qat(b: Bench) -> Report:
     """Rounding that learns, one scale per row, everything but routers."""
     fp = b.model()
     models = {"fp": fp}
-    for bits, steps in ((4, 500), (8, 150)):
+    for bits, steps in ((4, 400), (8, 100)):
         models[f"int{bits}-row, to nearest"] = b.run(f"rtn{bits}", fp, Recipe((Quantize(_per_row(bits)),)))
         method = Qat(steps=steps) if bits == 4 else Qat(steps=steps, lr=1e-4)
         models[f"int{bits}-row, QAT"] = b.run(f"qat{bits}", fp, Recipe((Quantize(_per_row(bits), method=method),)))

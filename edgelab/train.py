@@ -2,20 +2,24 @@
 
 One loop (`_run`) for all: AdamW, a rate that rises over the first twentieth of the steps and falls to zero by a straight line, gradients
 clipped to norm 1, forward passes in bfloat16. Rows are drawn by (seed, step), so that a resumed run sees what it would have
-seen. An eighth of the rows, at most 64, is never learnt from: every tenth of the run judges by it, and the state that
-was best comes back at the end (the first one, if learning only harmed).
+seen. An eighth of the rows, at most 64, is never learnt from: every tenth of the run judges by it, in float32, and the state that
+was best comes back at the end (the first one, if learning only harmed). Two models that are the same but for bfloat16's noise
+lie 1e-3 nats apart (the embedded MoE; dense 8e-5), about what 8 bits cost: in bfloat16 no judge could see that.
 
 What learns (`train=`):
 
     all      every floating-point parameter
     norms    parameters of one dimension
     lora     W + B A for each linear of the decoder blocks, A [r, in], B [out, r] zero at first (arXiv 2106.09685): merged at the end
-             into a floating-point weight, kept beside the codes of a quantized one (`QLinear.adapt`); experts have none
+             into a floating-point weight, kept beside the codes of a quantized one (`QLinear.adapt`); experts have none. An adapter
+             that is there already learns on
     scales   after Quantize: the scales and offsets of all codes, norms and routers; the codes stay (arXiv 2407.11062, section 3.3).
              No byte is added. A scale learns as a factor around 1, so that one rate fits all
 
 A quantized model learns through a floating-point twin: its codes are unpacked once into levels, and each step multiplies them
-with the scales as they are. A router's selection bias (DeepSeek-V3) is no parameter and stays as it is.
+with the scales as they are; a rounding of its inputs (`ActScheme`) is not in the loop. A router's selection bias (DeepSeek-V3) is no
+parameter and stays as it is. A model in bfloat16 learns in float32 and is bfloat16 again afterwards: a step of 1e-4 is less than
+what a bfloat16 number near 0.1 can move by.
 """
 
 import copy
@@ -28,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,36 +72,39 @@ def learn(
 ) -> list[str]:
     """Trains `model` in place as `step` says, and returns a remark: how the judged loss went.
 
-    `batches` int64 [B, T] of token ids without padding. `teacher`: a model of the same vocabulary, for `Distill`. `keep_zeros`: weights
-    that are exactly zero stay so. `folder`: checkpoints and `curve.jsonl`; a run that was interrupted goes on from there.
+    `batches` int64 [B, T] of token ids without padding. `teacher`: a model of the same vocabulary, for `Distill`. `keep_zeros`:
+    floating-point weights that are exactly zero stay so (codes do anyway; an adapter beside them has no zeros). `folder`: checkpoints and
+    `curve.jsonl`; a run that was interrupted goes on from there.
 
-    Raises ValueError for a missing teacher or one of another vocabulary, too few rows, a checkpoint of another run;
-    FloatingPointError when the loss is no number.
+    The model is in eval mode afterwards. Raises ValueError for a missing teacher, one of another vocabulary or the model itself, too few
+    rows, an adapter of another rank, a checkpoint of another run; FloatingPointError when the loss is no number.
     """
     rows = _Rows(batches, step.seed)
     distilling = isinstance(step, Distill)
     if distilling and teacher is None:
         raise ValueError("teacher=None: Distill learns from one; pass the model that this one came from")
     if distilling:
-        _check_vocabulary(model, teacher)
-    with _modes(model, *([teacher] if distilling else [])), _narrow_again(model):
+        _check_teacher(model, teacher)
+    stamp = {"step": json.loads(json.dumps(step.to_dict())), "keep_zeros": keep_zeros} | _stamp(model, teacher if distilling else None)
+    with _modes(model, *([teacher] if distilling else [])), _wide(model):
         trainee = _trainee(model, step, keep_zeros)
-        drawn = _Drawn(teacher, rows, step.samples, step.seed, progress) if distilling and step.samples else None
+        drawn = _Drawn(teacher, rows, step, stamp["teacher"], folder, progress) if distilling and step.samples else None
         bridge = _bridge(trainee.model, teacher) if distilling and step.hidden else None
         matrices = [p for p in trainee.parameters if p.ndim >= 2] if not distilling and step.l1 else []
 
-        def loss_of(ids: Tensor, at: tuple[int, np.ndarray] | None) -> Tensor:
+        def loss_of(ids: Tensor, at: _Place) -> Tensor:
             wanted = distilling and step.alpha > 0
+            ids = ids.to(_device(trainee.model))
             with trainee.computing():
-                got = _forward(trainee.model, ids, hidden=bool(distilling and step.hidden))
-            loss = ids.new_zeros((), dtype=torch.float32)
+                got = _forward(trainee.model, ids, hidden=bool(distilling and step.hidden), exact=at.judging)
+            loss = torch.zeros((), device=ids.device)
             if not distilling or step.alpha < 1:
                 loss = loss + (1 - step.alpha if distilling else 1.0) * cross_entropy(got.logits, ids)
             if wanted and drawn is not None:
-                loss = loss + step.alpha * sampled_cross_entropy(got.logits, drawn.of(ids, at))
+                loss = loss + step.alpha * sampled_cross_entropy(got.logits, drawn.of(at).to(ids.device))
             if (wanted and drawn is None) or (distilling and step.hidden):
                 with torch.no_grad():
-                    want = _forward(teacher, ids, hidden=bool(step.hidden))
+                    want = _forward(teacher, ids, hidden=bool(step.hidden), exact=at.judging)
                 if wanted and drawn is None:
                     settings = {"loss": step.loss, "temperature": step.temperature, "beta": step.beta}
                     loss = loss + step.alpha * divergence(got.logits, want.logits, **settings)
@@ -109,7 +117,6 @@ def learn(
         groups = trainee.groups + ([{"params": list(bridge.parameters()), "share": 1.0}] if bridge is not None else [])
         name = "distill" if distilling else "fine-tune"
         settings = _Settings(name, step.steps, step.lr, step.batch, step.patience, step.seed)
-        stamp = {"step": json.loads(json.dumps(step.to_dict())), "keep_zeros": keep_zeros}
         told = _run(groups, loss_of, rows, settings, stamp, trainee.mask, folder, progress)
         trainee.finish()
     return [f"{name} ({step.train}): {told}"]
@@ -139,9 +146,11 @@ def quantization_aware(
     if method.alpha > 0:
         if teacher is None:
             raise ValueError("teacher=None: Qat(alpha > 0) learns from one; pass the model that this one came from, or alpha=0")
-        _check_vocabulary(model, teacher)
+        _check_teacher(model, teacher)
+    teacher = teacher if method.alpha > 0 else None
     rows = _Rows(batches, method.seed)
-    with _modes(model, *([teacher] if teacher is not None and method.alpha > 0 else [])), _narrow_again(model):
+    stamp = {"step": asdict(method), "schemes": {n: str(s) for n, s in schemes.items()}} | _stamp(model, teacher)
+    with _modes(model, *([] if teacher is None else [teacher])), _wide(model):
         listed = {w.name: w for w in by_expert(weights(model), schemes) if w.name in schemes}
         start = _first_scales(model, listed, schemes, method, calibration, progress)
         with torch.no_grad():
@@ -158,13 +167,14 @@ def quantization_aware(
         def values() -> dict[str, Tensor]:
             return {name: fake_quantize(_own(own[name], w), scale_of(name), schemes[name]) for name, w in listed.items()}
 
-        def loss_of(ids: Tensor, _at) -> Tensor:
+        def loss_of(ids: Tensor, at: _Place) -> Tensor:
+            ids = ids.to(_device(model))
             with substituted(model, listed, values()):
-                got = _forward(model, ids).logits
-            loss = ids.new_zeros((), dtype=torch.float32)
-            if method.alpha > 0:
+                got = _forward(model, ids, exact=at.judging).logits
+            loss = torch.zeros((), device=ids.device)
+            if teacher is not None:
                 with torch.no_grad():
-                    want = _forward(teacher, ids).logits
+                    want = _forward(teacher, ids, exact=at.judging).logits
                 loss = loss + method.alpha * divergence(got, want, temperature=method.temperature)
             if method.alpha < 1:
                 loss = loss + (1 - method.alpha) * cross_entropy(got, ids)
@@ -176,14 +186,14 @@ def quantization_aware(
         for p in (*chosen, *factors.values()):
             p.requires_grad_(True)
         settings = _Settings("qat", method.steps, method.lr, method.batch, 0, method.seed)
-        stamp = {"step": asdict(method), "schemes": {n: str(s) for n, s in schemes.items()}}
+        stamp |= {"scales": _digest(list(start.values()))}  # of calibration data, with start="gptq"
         told = _run(groups, loss_of, rows, settings, stamp, None, folder, progress)
         codes = {}
         with torch.no_grad():
             for name, w in listed.items():
                 scheme, weight, scale = schemes[name], _own(own[name], w), scale_of(name)
                 q = (levels(weight, scale, scheme) + scheme.zero_point).to(torch.uint8)
-                codes[name] = QTensor.from_codes(q.numpy(), scale.half().numpy(), scheme)
+                codes[name] = QTensor.from_codes(q.cpu().numpy(), scale.half().cpu().numpy(), scheme)
     swap(model, codes)
     return [f"qat ({method.step_size}, {len(listed)} weights): {told}"]
 
@@ -205,7 +215,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     """Up over the first twentieth of the steps, then down to zero, both by a straight line.
 
     >>> [round(learning_rate(s, 100, 1.0), 2) for s in (0, 4, 52, 99)]
-    [0.2, 1.0, 0.51, 0.01]
+    [0.2, 1.0, 0.5, 0.01]
     """
     warm = max(1, round(_WARM_UP * steps))
     return peak * (step + 1) / warm if step < warm else peak * (steps - step) / (steps - warm + 1)
@@ -213,7 +223,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def _run(
     groups: list[dict],
-    loss_of: Callable[[Tensor, tuple | None], Tensor],
+    loss_of: Callable[[Tensor, "_Place"], Tensor],
     rows: "_Rows",
     s: _Settings,
     stamp: dict,
@@ -238,8 +248,9 @@ def _run(
     first = state["first"] if state else judge()
     best, best_at, done, without = (state[k] for k in ("best", "best_at", "step", "without")) if state else (first, 0, 0, 0)
     best_values = state["values"] if state else [p.detach().clone() for p in parameters]
-    saved, running, judged = time.monotonic(), [], best
-    with tqdm(range(done, s.steps), initial=done, total=s.steps, desc=s.name, unit="step", disable=not progress, mininterval=1) as bar:
+    saved, running, told = time.monotonic(), [], {}
+    left = range(0) if 0 < s.patience <= without else range(done, s.steps)  # a run that lost patience is over
+    with tqdm(left, initial=done, total=s.steps, desc=s.name, unit="step", disable=not progress, mininterval=1) as bar:
         for step in bar:
             rate = learning_rate(step, s.steps, s.lr)
             for group, mine in zip(optimizer.param_groups, groups, strict=True):
@@ -247,10 +258,11 @@ def _run(
             ids, at = rows.draw(step, s.batch)
             loss = loss_of(ids, at)
             loss.backward()
-            running.append(float(loss.detach()))
-            if not math.isfinite(running[-1]):
+            last = float(loss.detach())
+            running.append(last)
+            if not math.isfinite(last):
                 raise FloatingPointError(
-                    f"{s.name}: the loss is {running[-1]} at step {step + 1}: lower lr={s.lr:g}, or start from a better state"
+                    f"{s.name}: the loss is {last} at step {step + 1}: lower lr={s.lr:g}, or start from a better state"
                 )
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -264,7 +276,8 @@ def _run(
                 if judged < best:
                     best, best_at, without, best_values = judged, step + 1, 0, [p.detach().clone() for p in parameters]
                 running = []
-                bar.set_postfix(judged=f"{judged:.4f}", best=f"{best:.4f}")
+                told = {"judged": f"{judged:.4f}", "best": f"{best:.4f}"}
+            bar.set_postfix({"loss": f"{last:.4f}"} | told, refresh=False)
             stop = 0 < s.patience <= without
             if stop or step + 1 == s.steps or time.monotonic() - saved > _SAVE_EVERY_S:
                 kept.write(step + 1, first, best, best_at, without, best_values)
@@ -314,7 +327,7 @@ class _Checkpoint:
             return None
         with safe_open(path, "pt") as f:
             facts, tensors = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        differs = next((k for k, v in self._stamp.items() if facts["stamp"].get(k) != v), None)
+        differs = next((k for k, v in self._stamp.items() if facts["stamp"].get(k, v) != v), None)
         if differs:
             raise ValueError(f"{path} is of a run with another {differs}; give another folder, or delete it to start anew")
         with torch.no_grad():
@@ -333,6 +346,12 @@ class _Checkpoint:
         return facts | {"values": [tensors[f"best.{i}"] for i in range(len(self._parameters))]}
 
 
+def _stamp(model: nn.Module, teacher: nn.Module | None) -> dict[str, str | None]:
+    """What a checkpoint must know of the models: adapters and factors begin alike whatever they are added to."""
+    digests = (None if m is None else _digest([t for t in m.state_dict().values() if isinstance(t, Tensor)]) for m in (model, teacher))
+    return dict(zip(("model", "teacher"), digests, strict=True))
+
+
 def _digest(tensors: Sequence[Tensor]) -> str:
     """Twelve hex digits of values; of a large tensor, 2**14 spread over it."""
     h = hashlib.sha256()
@@ -343,6 +362,14 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
+
+
+class _Place(NamedTuple):
+    """Where rows come from: those of `length` tokens, numbers `at`, of the ones that only judge or of the others."""
+
+    length: int
+    at: np.ndarray
+    judging: bool
 
 
 class _Rows:
@@ -361,7 +388,7 @@ class _Rows:
             raise ValueError(f"there are {total} rows of training data: one judges, so at least two are needed")
         self.digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for _, rows in sorted(everything.items()))).hexdigest()[:12]
         rng = np.random.default_rng(seed)
-        self.learning, self._held = {}, {}
+        self.learning, self.held_back = {}, {}
         self.judging = max(1, min(_HELD_MOST, int(_HELD * total)))
         judges = set(rng.permutation(total)[: self.judging].tolist())
         at = 0
@@ -369,7 +396,7 @@ class _Rows:
             mine = torch.tensor([at + i in judges for i in range(len(rows))])
             at += len(rows)
             if mine.any():
-                self._held[length] = rows[mine]
+                self.held_back[length] = rows[mine]
             if not mine.all():
                 self.learning[length] = rows[~mine]
         self._seed = seed
@@ -377,44 +404,58 @@ class _Rows:
         counts = np.array([len(self.learning[n]) for n in self._lengths], float)
         self._shares = counts / counts.sum()
 
-    def draw(self, step: int, batch: int) -> tuple[Tensor, tuple[int, np.ndarray]]:
+    def draw(self, step: int, batch: int) -> tuple[Tensor, _Place]:
         """(ids [at most batch, T], where they are) of this step: rows of one length, each length as often as it has rows."""
         rng = np.random.default_rng((self._seed, step))
         length = self._lengths[rng.choice(len(self._lengths), p=self._shares)]
         rows = self.learning[length]
         at = rng.choice(len(rows), min(batch, len(rows)), replace=False)
-        return rows[at], (length, at)
+        return rows[at], _Place(length, at, judging=False)
 
-    def held(self, batch: int) -> Iterator[tuple[Tensor, None]]:
-        for rows in self._held.values():
-            for ids in rows.split(batch):
-                yield ids, None
+    def held(self, batch: int) -> Iterator[tuple[Tensor, _Place]]:
+        for length, rows in self.held_back.items():
+            for at in np.split(np.arange(len(rows)), range(batch, len(rows), batch)):
+                yield rows[at], _Place(length, at, judging=True)
 
 
 class _Drawn:
-    """Tokens drawn once from the teacher for every row of the training set, and for the rows that judge."""
+    """Tokens drawn once from the teacher at every position of every row; kept in `folder`, too, where there is one."""
 
-    def __init__(self, teacher: nn.Module, rows: _Rows, samples: int, seed: int, progress: bool) -> None:
-        self._teacher, self._samples, self._kept, self._held = teacher, samples, {}, {}
-        generator = torch.Generator().manual_seed(seed)
-        total = sum(len(r) for r in rows.learning.values())
-        with tqdm(total=total, desc=f"{samples} tokens of the teacher per position", unit="row", disable=not progress) as bar:
-            for length, every in rows.learning.items():
-                parts = []
+    def __init__(self, teacher: nn.Module, rows: _Rows, step: Distill, digest: str, folder: str | Path | None, progress: bool) -> None:
+        path = None if folder is None else Path(folder) / "drawn.safetensors"
+        stamp = {"samples": str(step.samples), "seed": str(step.seed), "data": rows.digest, "teacher": digest}
+        if path is not None and path.is_file():
+            with safe_open(path, "pt") as f:
+                differs = next((k for k, v in stamp.items() if f.metadata().get(k) != v), None)
+                if differs:
+                    raise ValueError(f"{path} was drawn with another {differs}; give another folder, or delete it to draw anew")
+                self._kept = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            return
+        parts = {self._key(n, judging): r for judging, found in ((False, rows.learning), (True, rows.held_back)) for n, r in found.items()}
+        generator, self._kept = torch.Generator().manual_seed(step.seed), {}
+        desc = f"{step.samples} tokens of the teacher per position"
+        with tqdm(total=sum(map(len, parts.values())), desc=desc, unit="row", disable=not progress) as bar:
+            for key, every in parts.items():
+                drawn = []
                 for ids in every.split(16):
                     with torch.no_grad():
-                        parts.append(draw(_forward(teacher, ids).logits, samples, generator))
+                        logits = _forward(teacher, ids.to(_device(teacher))).logits.cpu()
+                    small = torch.int16 if logits.shape[-1] <= 2**15 else torch.int32
+                    drawn.append(draw(logits, step.samples, generator).to(small))
                     bar.update(len(ids))
-                self._kept[length] = torch.cat(parts)  # [rows, T, samples] int32
+                self._kept[key] = torch.cat(drawn)  # [rows, T, samples]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".drawn.{os.getpid()}")
+            save_file(self._kept, temporary, stamp)
+            os.replace(temporary, path)
 
-    def of(self, ids: Tensor, at: tuple[int, np.ndarray] | None) -> Tensor:
-        if at is not None:
-            return self._kept[at[0]][at[1]]
-        key = ids.numpy().tobytes()  # a judged batch: drawn when first seen, the same draws each time
-        if key not in self._held:
-            with torch.no_grad():
-                self._held[key] = draw(_forward(self._teacher, ids).logits, self._samples, torch.Generator().manual_seed(0))
-        return self._held[key]
+    def of(self, place: _Place) -> Tensor:
+        return self._kept[self._key(place.length, place.judging)][place.at]
+
+    @staticmethod
+    def _key(length: int, judging: bool) -> str:
+        return f"{'judging' if judging else 'learning'}.{length}"
 
 
 # -------------------------------------------------------------------------------------------------------- what learns
@@ -448,6 +489,8 @@ def _trainee(model: nn.Module, step: Distill | FineTune, keep_zeros: bool) -> _T
     match step.train:
         case "all":
             trainee = _Trainee(model, [{"params": _floating(model), "share": 1.0}])
+        case "norms" if packed:
+            return _norms_trainee(model)
         case "norms":
             trainee = _Trainee(model, [{"params": [p for p in _floating(model) if p.ndim == 1], "share": 1.0}])
         case "scales":
@@ -455,7 +498,7 @@ def _trainee(model: nn.Module, step: Distill | FineTune, keep_zeros: bool) -> _T
         case _:
             return _lora_trainee(model, step.rank, keep_zeros)
     if packed:
-        raise ValueError(f"train={step.train!r} can't reach the gradient of packed weights; use train='scales' or 'lora' after Quantize")
+        raise ValueError(f"train={step.train!r} can't reach the gradient of packed weights; use 'scales', 'lora' or 'norms' after Quantize")
     if keep_zeros:
         trainee.mask = _zeros_kept(model)
     return trainee
@@ -480,12 +523,13 @@ def _scales_trainee(model: nn.Module, codes: dict[str, QTensor]) -> _Trainee:
     for name, q in codes.items():
         if q.scheme.codebook == "mxfp":
             raise ValueError(f"{name}: the scales of {q.scheme} are powers of two and can't learn; use train='lora' or 'norms'")
-    twin = copy.deepcopy(model)
-    dequantize(twin)
+    twin, adapters = _twin(model)
+    device = _device(twin)
     listed = {w.name: w for w in by_expert(weights(twin), codes)}
-    steps = {name: torch.from_numpy(_unit(q)) for name, q in codes.items()}  # levels, float32
-    scales = {name: torch.from_numpy(q.scale_values().copy()) for name, q in codes.items()}
-    offsets = {name: torch.from_numpy(q.offsets.astype(np.float32)) for name, q in codes.items() if q.offsets is not None}
+    steps = {name: torch.from_numpy(_unit(q)).to(device) for name, q in codes.items()}  # levels, float32
+    scales = {name: torch.from_numpy(q.scale_values().copy()).to(device) for name, q in codes.items()}
+    offsets = {name: torch.from_numpy(q.offsets.astype(np.float32)).to(device) for name, q in codes.items() if q.offsets is not None}
+    added = {name: b @ a for name, (a, b) in adapters.items()}
     factors = {name: nn.Parameter(torch.ones_like(s)) for name, s in scales.items()}
     moves = {name: nn.Parameter(torch.zeros_like(o)) for name, o in offsets.items()}  # in units of the scale
 
@@ -502,10 +546,12 @@ def _scales_trainee(model: nn.Module, codes: dict[str, QTensor]) -> _Trainee:
                 found[name] = (value if offset is None else value + offset[..., None]).flatten(-2)
             else:
                 found[name] = steps[name] * scale if offset is None else steps[name] * scale + offset
+            if name in added:
+                found[name] = found[name] + added[name]
         return listed, found
 
-    own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    mirrored = [(p, twin.get_parameter(name)) for name, p in own.items() if name in dict(twin.named_parameters())]
+    matrices = {w.parameter_name for w in weights(twin) if w.role != "router"}  # those without codes stay as they are
+    mirrored = [(p, t) for name, p, t in _mirrored(model, twin) if name not in matrices]
     groups = [{"params": [*factors.values(), *moves.values()], "share": 1.0}]
     # norms lie around 1 and learn as the factors do; a router's weights are smaller, and so are their steps
     groups += [{"params": [t], "share": float(t.detach().abs().mean().clamp(min=1e-6))} for _, t in mirrored]
@@ -524,6 +570,38 @@ def _scales_trainee(model: nn.Module, codes: dict[str, QTensor]) -> _Trainee:
 
     trainee.finish = finish
     return trainee
+
+
+def _norms_trainee(model: nn.Module) -> _Trainee:
+    twin = copy.deepcopy(model)
+    dequantize(twin)  # adapters are in the weights then
+    mirrored = [(p, t) for _, p, t in _mirrored(model, twin) if p.ndim == 1]
+    trainee = _Trainee(twin, [{"params": [t for _, t in mirrored], "share": 1.0}])
+
+    def finish() -> None:
+        with torch.no_grad():
+            for p, t in mirrored:
+                p.copy_(t)
+
+    trainee.finish = finish
+    return trainee
+
+
+def _twin(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]:
+    """A floating-point copy of a quantized model without its adapters, and these: {linear: (a, b)}."""
+    twin, adapters = copy.deepcopy(model), {}
+    for name, module in twin.named_modules():
+        if isinstance(module, QLinear) and module.lora_a is not None:
+            adapters[name] = module.lora_a.detach().float(), module.lora_b.detach().float()
+            module.lora_a = module.lora_b = None
+    dequantize(twin)
+    return twin, adapters
+
+
+def _mirrored(model: nn.Module, twin: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    """(name, parameter of `model`, that of `twin`) of the floating-point parameters that both have."""
+    theirs = dict(twin.named_parameters())
+    return [(name, p, theirs[name]) for name, p in model.named_parameters() if p.is_floating_point() and name in theirs]
 
 
 def _unit(q: QTensor) -> np.ndarray:
@@ -551,18 +629,22 @@ def _scale_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
 
 
 def _lora_trainee(model: nn.Module, rank: int, keep_zeros: bool) -> _Trainee:
-    twin = copy.deepcopy(model) if any(isinstance(m, Quantized) for m in model.modules()) else model
-    if twin is not model:
-        dequantize(twin)
+    twin, before = _twin(model) if any(isinstance(m, Quantized) for m in model.modules()) else (model, {})
+    other = next((name for name, (a, _) in before.items() if len(a) != rank), None)
+    if other:
+        has = len(before[other][0])
+        raise ValueError(f"rank={rank}: {other} has an adapter of rank {has} already, which would learn on; give rank={has}")
+    device = _device(twin)
     listed = {w.name: w for w in weights(twin) if w.kind == "linear" and w.role in _LORA_ROLES and not w.tied_to}
     generator = torch.Generator().manual_seed(0)
     base, a, b, zeros = {}, {}, {}, {}
     for name, w in listed.items():
         out, inputs = w.shape
         base[name] = w.tensor.float()
-        a[name] = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
-        b[name] = nn.Parameter(torch.zeros(out, rank))
-        zeros[name] = w.tensor == 0 if keep_zeros else None
+        new = (torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)).to(device), torch.zeros(out, rank, device=device)
+        a[name], b[name] = (nn.Parameter(x) for x in before.get(name, new))
+        beside = isinstance(model.get_submodule(w.module_name), QLinear)  # of codes: these keep their zeros, the adapter has none
+        zeros[name] = w.tensor == 0 if keep_zeros and not beside else None
 
     def merged(name: str) -> Tensor:
         value = base[name] + b[name] @ a[name]
@@ -603,7 +685,7 @@ def _own(parameter: nn.Parameter, w: Weight) -> Tensor:
 
 
 def _scales(weight: Tensor, scheme: QuantScheme, grid: int) -> Tensor:
-    return torch.from_numpy(round_weight(_named(weight), scheme, Rtn(mse_grid=grid)).scale_values().copy())
+    return torch.from_numpy(round_weight(_named(weight), scheme, Rtn(mse_grid=grid)).scale_values().copy()).to(weight.device)
 
 
 def _named(weight: Tensor) -> Weight:
@@ -623,23 +705,31 @@ def _first_scales(model, listed: Mapping[str, Weight], schemes, method: Qat, cal
             stats = item.stats.get(stack)
             if stats is not None:
                 q = round_weight(w, schemes[name], Gptq(), stats.expert(int(expert)) if expert else stats)
-                found[name] = torch.from_numpy(q.scale_values().copy())
+                found[name] = torch.from_numpy(q.scale_values().copy()).to(w.tensor.device)
     return {name: found[name] if name in found else _scales(w.tensor, schemes[name], _START_GRID) for name, w in listed.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ forward
 
 
-def _forward(model: nn.Module, ids: Tensor, hidden: bool = False):
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _forward(model: nn.Module, ids: Tensor, hidden: bool = False, exact: bool = False):
+    """The model's output; in bfloat16 where that is safe, `exact`: in the model's own dtype."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=not exact):
         extra = {"output_hidden_states": True} if hidden else {}
-        return model(input_ids=ids.to(device), use_cache=False, **extra)
+        return model(input_ids=ids.to(_device(model)), use_cache=False, **extra)
 
 
 @contextmanager
-def _modes(*models: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, dropout is off, and fused experts run as grouped products where they fit."""
+def _modes(model: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient, dropout is off, and fused experts run as grouped products where they fit.
+
+    Afterwards `model` is in eval mode still; all else is as before.
+    """
+    models = (model, *others)
     before = [(m, [(x, x.training) for x in m.modules()], [(p, p.requires_grad) for p in m.parameters()]) for m in models]
     kinds = [(m, getattr(m.config, "_experts_implementation", None)) for m in models if _may_group(m)]
     try:
@@ -651,21 +741,29 @@ def _modes(*models: nn.Module) -> Iterator[None]:
     finally:
         for m, kind in kinds:
             m.set_experts_implementation(kind or "eager")
-        for _, modes, grads in before:
-            for x, mode in modes:
+        for m, modes, grads in before:
+            for x, mode in modes if m is not model else ():
                 x.training = mode
             for p, grad in grads:
                 p.requires_grad_(grad)
 
 
 @contextmanager
-def _narrow_again(model: nn.Module) -> Iterator[None]:
-    """Afterwards, parameters whose values were bfloat16 numbers are that again: a checkpoint must not double for having learnt."""
-    narrow = [p for p in _floating(model) if torch.equal(p.detach().to(torch.bfloat16).to(p.dtype), p.detach())]
-    yield
-    with torch.no_grad():
-        for p in narrow:
-            p.copy_(p.to(torch.bfloat16))
+def _wide(model: nn.Module) -> Iterator[None]:
+    """Inside, all floating-point parameters are float32. Afterwards they have their dtype, and those whose values were
+    bfloat16 numbers hold such again: a checkpoint must not double for having learnt."""
+    dtypes = [(p, p.dtype) for p in _floating(model)]
+    narrow = [p for p, _ in dtypes if torch.equal(p.detach().to(torch.bfloat16).to(p.dtype), p.detach())]
+    try:
+        for p, _ in dtypes:
+            p.data = p.data.float()
+        yield
+        with torch.no_grad():
+            for p in narrow:
+                p.copy_(p.to(torch.bfloat16))
+    finally:
+        for p, dtype in dtypes:
+            p.data = p.data.to(dtype)
 
 
 def _may_group(model: nn.Module) -> bool:
@@ -685,7 +783,9 @@ def _bridge(student: nn.Module, teacher: nn.Module) -> nn.Module | None:
     return bridge
 
 
-def _check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+def _check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    if teacher is student:
+        raise ValueError("teacher= is the model that learns: it would change with it; pass the one it came from, or a copy")
     sizes = [getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, teacher)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: a student must read its teacher's tokens")

@@ -50,9 +50,11 @@ FLOORS = [
     {"methods"},
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
     | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
-    | {"stream", "checkpoint", "runtime_steps", "phone", "surgery", "structure", "sparsify", "train", "adapt", "expert_stats", "expert_steps", "routing"}
+    | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
+    | {"expert_stats", "expert_steps", "routing"}
     | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache"},
-    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "atlas", "tile_picture", "doctor", "explorer", "cli"},
+    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab", "experts_lab"}
+    | {"atlas", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}

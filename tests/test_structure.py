@@ -341,7 +341,50 @@ def test_bytes_and_parameters_are_those_of_the_file(family, dtype, tmp_path):
     assert figures(model)["all"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+KNOWN = {  # config, parameters as published, channels that stay of 30 % fewer in multiples of 32, matrices that each of them is a row of
+    "Llama-2-7B": (
+        lambda: transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+            tie_word_embeddings=False,
+        ),
+        6_738_415_616, (11008, 7712), 32 * 3,
+    ),
+    "Mixtral-8x7B": (lambda: transformers.MixtralConfig(vocab_size=32000), 46_702_792_704, (14336, 10048), 32 * 8 * 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models_lose_exactly_what_a_hand_computes(name):
+    make, published, (width, stays), matrices = KNOWN[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(make(), dtype=torch.bfloat16)
+    before = figures(model)["all"]
+    assert before["parameters"] == published
+    shrink(model, PruneChannels(0.3), None, progress=False)
+    after, gone = figures(model)["all"], matrices * 4096 * (width - stays)
+    assert model.config.intermediate_size == stays
+    assert (after["parameters"], after["bytes"]) == (published - gone, before["bytes"] - 2 * gone)
+    assert before["multiply_adds"] - after["multiply_adds"] == gone // (4 if name.startswith("Mixtral") else 1)  # 2 experts of 8
+
+
 # ------------------------------------------------------------------------------------------------ on the embedded models
+
+
+# hidden 256; dense: 4 blocks, 640 -> 448 channels. MoE: one block 512 -> 352, three of 16 experts and a shared one, 128 -> 96
+EMBEDDED = {"edge-dense": 3 * 256 * 4 * 192, "edge-moe": 3 * 256 * (160 + 3 * 17 * 32)}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_file_of_an_embedded_model_falls_by_exactly_what_went(name, tmp_path):
+    def body(folder) -> int:
+        model.save_pretrained(folder)
+        file = folder / "model.safetensors"
+        return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+
+    model = load(data_dir() / name, dtype=torch.bfloat16)
+    before = body(tmp_path / "before")
+    shrink(model, PruneChannels(0.3, "magnitude"), None, progress=False)
+    assert before - body(tmp_path / "after") == 2 * EMBEDDED[name]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,13 @@
 import copy
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from test_model import tiny
 
 from edgelab import Distill, FineTune, Gptq, Qat, Quantize, QuantScheme, Recipe
@@ -45,6 +48,7 @@ def test_a_student_comes_nearer_to_its_teacher(family, settings, batches):
     student = disturbed(teacher)
     before = kld(teacher, student, batches[0])
     grads = [p.requires_grad for p in student.parameters()]
+    student.train()
     (told,) = learn(student, Distill(steps=20, lr=1e-3, batch=4, **settings), batches, teacher=teacher, progress=False)
     assert kld(teacher, student, batches[0]) < 0.9 * before, told
     assert [p.requires_grad for p in student.parameters()] == grads and not student.training
@@ -127,6 +131,58 @@ def test_zeros_stay(train, batches):
     assert any(not torch.equal(w.tensor, before[w.name]) for w in weights(model))
 
 
+def held_kld(teacher, student, batches) -> float:
+    (rows,) = _Rows(batches, 0).held_back.values()
+    return kld(teacher, student, rows)
+
+
+def losses(told) -> tuple[float, float]:
+    """The judged losses, first and best, of a remark."""
+    first, best = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) nats", told).groups()
+    return float(first), float(best)
+
+
+@pytest.mark.parametrize("train", ["norms", "lora", "scales"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_told_is_what_a_quantized_model_does(train, adapted, batches):
+    """Before and after: the twin that learns computes what the model does, its adapters among it, and hands all of it back."""
+    teacher = tiny("llama")
+    small = compress(teacher, Recipe.uniform("int3-g16"), progress=False).model
+    if adapted:
+        for module in small.modules():
+            if isinstance(module, QLinear) and module is not small.lm_head:
+                module.adapt(0.2 * torch.randn(4, module.in_features), 0.1 * torch.randn(module.out_features, 4))
+    before = held_kld(teacher, small, batches)
+    step = Distill(steps=20, lr=3e-3, batch=4, train=train, rank=4)
+    (told,) = learn(small, step, batches, teacher=teacher, keep_zeros=True, progress=False)
+    first, best = losses(told)
+    assert first == pytest.approx(before, rel=0.01) and best < first
+    assert held_kld(teacher, small, batches) == pytest.approx(best, rel=0.01)
+    if adapted and train == "lora":
+        with pytest.raises(ValueError, match=r"rank=8: .*q_proj has an adapter of rank 4 already, which would learn on; give rank=4"):
+            learn(small, Distill(steps=1, train="lora"), batches, teacher=teacher, progress=False)
+
+
+def test_scales_leave_matrices_without_codes_alone(batches):
+    teacher = tiny("llama")
+    rules = (("@embedding", None), ("@head", None), ("*", QuantScheme.parse("int3-g16")))
+    small = compress(teacher, Recipe((Quantize(rules),)), progress=False).model
+    before = {n: p.clone() for n, p in small.named_parameters()}
+    learn(small, Distill(steps=10, lr=3e-3, batch=4, train="scales"), batches, teacher=teacher, progress=False)
+    changed = {n for n, p in small.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("norm" in n for n in changed)
+
+
+def test_bfloat16_learns_in_float32_and_is_bfloat16_again(batches):
+    """A rate of 1e-4 moves few bfloat16 numbers near 0.1: without float32 inside, a tenth of this gain is left."""
+    teacher = tiny("llama").bfloat16()
+    student = disturbed(teacher)
+    before = kld(teacher.float(), copy.deepcopy(student).float(), batches[0])
+    learn(student, Distill(steps=30, lr=1e-4, batch=4), batches, teacher=teacher, progress=False)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert kld(teacher, student.float(), batches[0]) < 0.85 * before
+
+
 def test_l1_makes_weights_smaller(batches):
     sizes = []
     for l1 in (0.0, 30.0):
@@ -166,6 +222,28 @@ def test_a_stopped_run_goes_on_to_the_same_end(batches, tmp_path, monkeypatch):
         learn(disturbed(teacher), Distill(steps=13, lr=1e-3, batch=4), batches, teacher=teacher, folder=tmp_path / "part", progress=False)
 
 
+def test_a_checkpoint_is_of_one_model_and_one_teacher(batches, tmp_path):
+    """Adapters begin alike in every model: without the models' own digests, another's would be taken up."""
+    teacher, other = tiny("llama"), disturbed(tiny("llama"))
+    step = Distill(steps=2, lr=1e-3, batch=4, train="lora")
+    learn(copy.deepcopy(teacher), step, batches, teacher=teacher, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="of a run with another model"):
+        learn(copy.deepcopy(other), step, batches, teacher=teacher, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="of a run with another teacher"):
+        learn(copy.deepcopy(teacher), step, batches, teacher=other, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="of a run with another data"):
+        learn(copy.deepcopy(teacher), step, [batches[0].flip(0)], teacher=teacher, folder=tmp_path, progress=False)
+
+
+def test_a_run_that_lost_patience_is_over(batches, tmp_path):
+    teacher = tiny("llama")
+    step = Distill(steps=50, lr=1.0, batch=4, patience=2)
+    for _ in range(2):
+        learn(copy.deepcopy(teacher), step, batches, teacher=teacher, folder=tmp_path, progress=False)
+        with safe_open(tmp_path / "checkpoint.safetensors", "pt") as f:
+            assert json.loads(f.metadata()["facts"])["step"] == 10  # two judgements, one every five steps
+
+
 def test_the_best_state_is_kept_and_patience_stops(batches):
     teacher = tiny("llama")
     student = copy.deepcopy(teacher)  # nothing to learn: any step can only harm
@@ -181,6 +259,26 @@ def test_kept_draws_teach_as_the_teacher_does(batches):
     before = kld(teacher, student, batches[0])
     learn(student, Distill(steps=60, lr=1e-3, batch=8, samples=32), batches, teacher=teacher, progress=False)
     assert kld(teacher, student, batches[0]) < before
+
+
+def test_the_teacher_is_read_once_and_its_tokens_are_kept(batches, tmp_path, monkeypatch):
+    teacher, step = tiny("llama"), Distill(steps=3, lr=1e-3, batch=4, samples=5)
+    students = [disturbed(teacher, by=0.1) for _ in range(2)]
+    read, forward = [], teacher.forward
+    monkeypatch.setattr(teacher, "forward", lambda *args, **kwargs: read.append(kwargs["input_ids"]) or forward(*args, **kwargs))
+    learn(students[0], step, batches, teacher=teacher, folder=tmp_path, progress=False)
+    assert sorted(torch.cat(read).tolist()) == sorted(batches[0].tolist())  # every row once, those that judge too
+    (tmp_path / "checkpoint.safetensors").unlink()
+    learn(students[1], step, batches, teacher=teacher, folder=tmp_path, progress=False)
+    assert len(torch.cat(read)) == len(batches[0])
+    assert all(torch.equal(p, q) for p, q in zip(*(s.parameters() for s in students), strict=True))
+    kept = load_file(tmp_path / "drawn.safetensors")
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in kept.items()} == {
+        "learning.32": (torch.int16, (14, 32, 5)),
+        "judging.32": (torch.int16, (2, 32, 5)),
+    }
+    with pytest.raises(ValueError, match="was drawn with another teacher"):
+        learn(students[1], step, batches, teacher=tiny("qwen3_moe"), folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,6 +318,10 @@ def test_what_is_wrong_is_said(batches):
         learn(model, FineTune(steps=1), [batches[0][:1]], progress=False)
     with pytest.raises(ValueError, match="this model holds no codes"):
         learn(model, FineTune(steps=1, train="scales"), batches, progress=False)
+    with pytest.raises(ValueError, match="teacher= is the model that learns"):
+        learn(model, Distill(steps=1), batches, teacher=model, progress=False)
+    with pytest.raises(ValueError, match="samples=4: tokens drawn from the teacher stand for the forward loss at temperature 1"):
+        Distill(samples=4, temperature=3.0)
     other = tiny("llama")
     other.config.vocab_size = 7
     with pytest.raises(ValueError, match="the teacher 7: a student must read its teacher's tokens"):

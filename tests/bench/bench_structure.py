@@ -1,10 +1,18 @@
 """30 % of the feed-forward channels gone: the file and the latency against the arithmetic. `make bench ARGS="-k structure"`.
 
-The prediction is that of `structure.figures`: bytes of the file behind its header, and multiply-adds of a prefill (weights and
-attention over the context). Old and new model take turns in one process; the ratio is the median over turns of the ratio
-within a turn, so that a noisy moment of the machine falls on both. By hand, with a share of the time by operator:
+Bytes: `structure.figures` says them exactly. Latency: it is the *fall* that is judged, 1 - new / old, for a tenth of the whole
+latency is most of a small fall. Two predictions of it:
 
-    python tests/bench/bench_structure.py --turns 15 --profile
+    arithmetic    multiply-adds of a prefill, weights and attention over the context, as if all ran at one rate
+    counted       time of the old model's matrix products, by its profile, times what of their weights' multiply-adds went;
+                  attention, norms, rotary embedding and residuals stay as they were
+
+The wide model must meet the first within a tenth. The embedded one does not (0.88 [0.84, 0.94] of it over 121 turns on 2 cores of
+an AMD EPYC, one thread): a quarter of its time is no matrix product, half of that attention, so it must meet the second.
+Old and new model take turns in one process; the ratio is the median over turns of the ratio within a turn, so that a noisy
+moment of the machine falls on both. The same model twice gives 1.006 and 1.002. By hand, with a share of the time by operator:
+
+    python tests/bench/bench_structure.py --turns 61 --profile
 """
 
 import argparse
@@ -26,6 +34,9 @@ from edgelab.structure import figures, shrink
 STEP = PruneChannels(0.3, "magnitude")  # which channels go does not matter here, only how many
 BATCH, CONTEXT = {"embedded": 8, "wide": 2}, 256  # sequences, and tokens of each: about a second per prefill
 WITHIN = 0.10
+TURNS = 61  # fewer leave the median of a fall of a sixth uncertain by more than a tenth
+JUDGED = {"embedded": "fall_counted", "wide": "fall_arithmetic"}
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 def embedded() -> torch.nn.Module:
@@ -74,16 +85,22 @@ def in_turn(old, new, turns: int, batch: int) -> list[tuple[float, float]]:
 
 
 def ratios(old, new, turns: int, batch: int) -> dict[str, float]:
-    """Predicted and measured new / old of the file and of the latency."""
+    """Predicted and measured: new / old of the file, and the share by which the latency falls."""
     a, b = figures(old, CONTEXT)["all"], figures(new, CONTEXT)["all"]
     (size, head), (new_size, new_head) = file_bytes(old), file_bytes(new)
+    weights, fewer = (figures(m)["all"]["multiply_adds"] for m in (old, new))  # without attention over the context
+    spent = [profiled(old, batch) for _ in range(8)]
+    products = statistics.median(sum(p.get(op, 0.0) for op in PRODUCTS) / sum(p.values()) for p in spent)
     times = in_turn(old, new, turns, batch)
+    measured = statistics.median(new / old for old, new in times)
     return {
         "bytes_predicted": b["bytes"] / a["bytes"],
         "bytes_measured": (new_size - new_head) / (size - head),
         "file_measured": new_size / size,  # with the headers
-        "latency_predicted": b["multiply_adds"] / a["multiply_adds"],
-        "latency_measured": statistics.median(new / old for old, new in times),
+        "fall_arithmetic": 1 - b["multiply_adds"] / a["multiply_adds"],
+        "fall_counted": products * (1 - fewer / weights),
+        "fall_measured": 1 - measured,
+        "share_of_products": products,
         "milliseconds_before": 1e3 * statistics.median(old for old, _ in times),
         "milliseconds_after": 1e3 * statistics.median(new for _, new in times),
     }
@@ -100,26 +117,26 @@ def pair(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def bench_structure(benchmark, name):
     old, new = pair(name)
-    found = benchmark.pedantic(ratios, args=(old, new, 11, BATCH[name]), rounds=1)
+    found = benchmark.pedantic(ratios, args=(old, new, TURNS, BATCH[name]), rounds=1)
     benchmark.extra_info |= found
     print(name, {k: round(v, 4) for k, v in found.items()})
     assert found["bytes_measured"] == found["bytes_predicted"]
-    assert abs(found["latency_measured"] / found["latency_predicted"] - 1) <= WITHIN
+    assert abs(found["fall_measured"] / found[JUDGED[name]] - 1) <= WITHIN
 
 
-def profiled(model, batch: int, rows: int = 8) -> dict[str, float]:
+def profiled(model, batch: int) -> dict[str, float]:
     """{operator: milliseconds of its own} of one prefill, the longest first."""
     ids = torch.randint(2048, (batch, CONTEXT), generator=torch.Generator().manual_seed(0))
     prefill(model, ids)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         prefill(model, ids)
     spent = {e.key: e.self_cpu_time_total / 1e3 for e in p.key_averages()}
-    return dict(sorted(spent.items(), key=lambda kv: -kv[1])[:rows])
+    return dict(sorted(spent.items(), key=lambda kv: -kv[1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     for name in MODELS:
@@ -128,13 +145,16 @@ def main() -> None:
         print(
             f"{name}: bytes predicted {f['bytes_predicted']:.4f}, measured {f['bytes_measured']:.4f} "
             f"(with headers {f['file_measured']:.4f}); "
-            f"latency predicted {f['latency_predicted']:.3f}, measured {f['latency_measured']:.3f} "
+            f"latency falls by {f['fall_measured']:.4f}, by arithmetic {f['fall_arithmetic']:.4f}, with the rest counted "
+            f"{f['fall_counted']:.4f} (products take {f['share_of_products']:.1%} of the time); "
             f"({f['milliseconds_before']:.0f} -> {f['milliseconds_after']:.0f} ms)",
             flush=True,
         )
         if given.profile:
             for what, model in (("before", old), ("after", new)):
-                print(f"  {what}: " + ", ".join(f"{k} {v:.1f}" for k, v in profiled(model, BATCH[name]).items()), "ms", flush=True)
+                print(
+                    f"  {what}: " + ", ".join(f"{k} {v:.1f}" for k, v in list(profiled(model, BATCH[name]).items())[:8]), "ms", flush=True
+                )
 
 
 if __name__ == "__main__":
