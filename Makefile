@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench notebooks compare peers pretrain lint format clean
+.PHONY: help demo test lab bench notebooks compare peers pretrain phone studies lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -49,6 +49,14 @@ pretrain: $(VENV)/.core ## train the embedded models again (an hour or two; resu
 	@$(BIN)/python -m edgelab.pretrain dense $(COMPILE) $(ARGS)
 	@$(BIN)/python -m edgelab.acceptance data/edge-moe
 	@$(BIN)/python -m edgelab.acceptance data/edge-dense
+	@$(BIN)/python -m edgelab.manifest --write
+
+phone: $(VENV)/.core ## make the model for a phone again (a quarter of an hour; resumes where it was stopped)
+	@$(BIN)/python -m edgelab.phone $(ARGS)
+	@$(BIN)/python -m edgelab.manifest --write
+
+studies: $(VENV)/.core ## the long measurements of data/studies that are missing (an hour; ARGS="qat --again" chooses)
+	@$(BIN)/python -m edgelab.studies $(ARGS)
 	@$(BIN)/python -m edgelab.manifest --write
 
 lint: $(VENV)/.test-lab-export ## ruff, check only

@@ -23,6 +23,8 @@ ORIGINS = [
     ("edge-dense/README.md", "written by this project", "Apache-2.0"),
     ("edge-moe/*", _TRAINED.format("moe"), "Apache-2.0"),
     ("edge-dense/*", _TRAINED.format("dense"), "Apache-2.0"),
+    ("edge-phone/*", "made from edge-moe by this project (python -m edgelab.phone)", "Apache-2.0"),
+    ("studies/*", "measured by this project (python -m edgelab.studies)", "Apache-2.0"),
     ("README.md", "written by this project", "Apache-2.0"),
 ]
 

@@ -27,7 +27,8 @@ def test_the_control_says_what_it_draws():
     assert list(control.figure.data[0].y) == pytest.approx(sorted(p, reverse=True)[:8], abs=1e-5)
     control.choose(5.0)
     hot = list(control.figure.data[0].y)
-    assert hot[0] < p.max() and "T = 5" in control.sentence.value and float(control.rows[0]["probability"]) == pytest.approx(hot[0], abs=1e-4)
+    assert hot[0] < p.max() and "T = 5" in control.sentence.value
+    assert float(control.rows[0]["probability"]) == pytest.approx(hot[0], abs=1e-4)
     control.slider.value = 2.0
     assert control.box.value == 2.0
     with pytest.raises(ValueError, match=r"temperature=99 must be from 0\.1 to 20"):

@@ -44,6 +44,7 @@ from edgelab.export import ExportError, ExportResult
 from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
 from edgelab.model import family_of
 from edgelab.qtensor import QTensor, pack, unpack
+from edgelab.runtime_steps import steps_of
 from edgelab.scheme import PerGroup, PerTensor
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
@@ -154,8 +155,12 @@ class _Opaque(nn.Module):
 
 
 def _refuse_other_arithmetic(model: nn.Module) -> None:
-    """Raises ExportError for codes that `MatMulNBits` as written here can't say, and for inputs that are rounded first."""
+    """Raises ExportError for what `MatMulNBits` as written here can't say: other codebooks, rounded inputs, adapters, run-time steps."""
+    if steps := steps_of(model):
+        raise ExportError(f"{steps[0]!r} changes how the model computes, which this target does not write; export it without")
     for name, module in model.named_modules():
+        if getattr(module, "lora_a", None) is not None:
+            raise ExportError(f"{name} has an adapter (LoRA) beside its codes, which this target does not write; learn scales instead")
         for parameter, s in module._stored.items() if isinstance(module, Quantized) else ():
             where = f"{name}.{parameter}" if isinstance(module, QExperts) else name
             if getattr(module, "is_part", False):
