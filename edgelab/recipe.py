@@ -223,7 +223,7 @@ class Qat:
     """
 
     steps: int = 500
-    lr: float = 2e-4
+    lr: float = 1e-4
     scale_lr: float = 3.0
     batch: int = 8
     step_size: str = "lsq"

@@ -206,9 +206,9 @@ def qat(b: Bench) -> Report:
     """Rounding that learns, one scale per row, everything but routers."""
     fp = b.model()
     models = {"fp": fp}
-    for bits, steps in ((4, 400), (8, 100)):
+    for bits, steps in ((4, 600), (8, 100)):
         models[f"int{bits}-row, to nearest"] = b.run(f"rtn{bits}", fp, Recipe((Quantize(_per_row(bits)),)))
-        method = Qat(steps=steps) if bits == 4 else Qat(steps=steps, lr=1e-4)
+        method = Qat(steps=steps) if bits == 4 else Qat(steps=steps, lr=3e-5)
         models[f"int{bits}-row, QAT"] = b.run(f"qat{bits}", fp, Recipe((Quantize(_per_row(bits), method=method),)))
     return b.report(models)
 

@@ -1,7 +1,6 @@
 """Other numbers of experts per token: against routing written out by hand; saved, copied, packed; arithmetic by hand."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -95,8 +94,7 @@ def test_a_model_with_a_rule_can_be_copied_and_a_second_route_takes_its_place():
     route(model, Route(top_p=0.5))
     skipping = logits(model)
     assert not torch.equal(plain, skipping)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(logits(twin), skipping, rtol=0, atol=0)
+    torch.testing.assert_close(logits(copy.deepcopy(model)), skipping, rtol=0, atol=0)
     route(model, Route(skip=0.9))
     fresh = tiny("deepseek_v3")
     route(fresh, Route(skip=0.9))

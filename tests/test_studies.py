@@ -1,0 +1,62 @@
+"""The stored measurements: read back, of this repository's models, and saying what the notebooks say of them."""
+
+import numpy as np
+import pytest
+
+from edgelab import studies
+from edgelab.evaluate import Measured, Scores
+from edgelab.report import Report, Row
+from edgelab.studies import MEAN, Study, mean_of_domains, read
+
+
+def test_a_study_comes_back_from_its_file(tmp_path):
+    report = Report((Row("fp", "kld", 0.5, slice=MEAN, low=0.4, high=0.6, provenance="measured at build"),))
+    study = Study("qat", report, {"run": [{"step": 1, "judged": 0.5}]}, 12.0)
+    (tmp_path / "qat.json").write_text(study.to_json())
+    again = read("qat", tmp_path)
+    assert again.report.rows == report.rows and again.curves == study.curves
+    with pytest.raises(FileNotFoundError, match=r"edgelab\.studies zeros"):
+        read("zeros", tmp_path)
+
+
+def test_domains_weigh_alike():
+    """One long document of one domain must not outweigh two short ones of another."""
+
+    def scores(kld, tokens):
+        n = len(kld)
+        zeros = np.zeros(n)
+        return Scores(
+            tokens=np.array(tokens), n_bytes=np.ones(n), nll=zeros, text_nll=zeros, kld=np.array(kld), token_kld=np.zeros(int(sum(tokens))),
+            same_top=np.array(tokens), overlap=None, correct=None, source=np.arange(n),
+        )  # fmt: skip
+
+    domains = {"long": scores([900.0, 900.0], [1000, 1000]), "short": scores([1.0, 2.0], [10, 10])}
+    base = {d: scores([0.0, 0.0], list(s.tokens)) for d, s in domains.items()}
+    found = mean_of_domains(Measured({"fp": base, "cut": domains}, "fp", "corpus", 512, 256))
+    row = found.get(model="cut", metric="kld")
+    assert row.value == pytest.approx((0.9 + 0.15) / 2) and row.low == pytest.approx((0.9 + 0.1) / 2) and row.slice == MEAN
+
+
+@pytest.mark.parametrize("name", ["qat", "students", "recovery"])
+def test_what_ships_says_that_it_was_measured_at_build(name):
+    study = read(name)
+    assert study.name == name and study.curves and {r.provenance for r in study.report} == {"measured at build"}
+
+
+def test_rounding_that_learns_keeps_what_the_article_claims():
+    """Qingzhou: INT8 QAT keeps 98.7 % of the accuracy; the other bar is half of the divergence that rounding costs at 4 bits."""
+    report = read("qat").report
+    em = {m: report.get(model=m, metric="exact_match", slice=MEAN).value for m in ("fp", "int8-row, QAT")}
+    assert em["int8-row, QAT"] >= 0.987 * em["fp"]
+
+
+def test_a_teacher_teaches_more_than_text():
+    report = read("students").report
+    for domain in ("prose", "code"):
+        taught, alone = (report.get(model=m, metric="bits_per_byte", slice=domain) for m in ("distilled", "text"))
+        assert taught.high < alone.low  # of three seeds the worst against the best
+
+
+def test_the_students_config_is_a_small_dense_model():
+    config = studies.student_config(2048)
+    assert (config.num_hidden_layers, config.hidden_size, len(config.layer_types)) == (2, 128, 2)
