@@ -371,7 +371,7 @@ def test_demo_quick_from_end_to_end(tmp_path):
     assert 0.1 < peak < 3.0  # GB: the bar of the demo
     assert "over its repetitions" in done.stdout and "bfloat16 file" in done.stdout
     report = Report.from_json((out / "report.json").read_text())
-    assert report.models() == ["fp", "int8", "int4"]
+    assert report.models() == ["fp", "int8", "int4", "phone"]
     size = {m: report.get(model=m, metric="weight_bytes").value for m in report.models()}
     assert size["int4"] <= 0.32 * size["fp"]
     for domain in ("prose", "code"):

@@ -160,8 +160,8 @@ assert lab.exact(exchanged, "one exchanged", "arithmetic") > lab.exact(exchanged
 #
 # **Explain.** An answer to a sum is short: few tokens *decide*, the others follow a pattern. This expert gets one choice in twenty,
 # with outputs twice as large as any other's: a specialist. Frequency takes it for a loafer, and so does any sum over all tokens. At
-# 50 % there are more specialists than places: REAP saves arithmetic and loses the assistant. A mean over domains would have hidden that:
-# ask for each task by itself. And look at random: it is lucky on prose and has lost the assistant at 25 %.
+# 50 % there are more specialists than places: REAP saves arithmetic and loses the assistant. A mean over domains would have hidden
+# that: ask for each task by itself. And look at random: it is lucky on prose and has lost the assistant at 25 %.
 #
 # More documents, more seeds, all methods:
 
