@@ -54,7 +54,7 @@ from edgelab.recipe import (
     Structure,
     matches,
 )
-from edgelab.runtime_steps import apply
+from edgelab.runtime_steps import apply, restore, steps_of
 from edgelab.scheme import QuantScheme
 from edgelab.sensitivity import sensitivity
 from edgelab.sparsify import prune
@@ -140,6 +140,7 @@ def compress(
                         apply_activations(result, step.activations, *found)
                 else:
                     remarks += _quantize(result, schemes, step, calibration, progress, pruned)
+                restore(result, steps_of(result))  # layers that were swapped in know nothing of run-time steps before this one
                 continue
             case Smooth():
                 _smooth(result, step, next((s for s in recipe.steps[i:] if isinstance(s, Quantize)), None), calibration, progress)

@@ -74,7 +74,7 @@ def _experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 def skip_channels(model: nn.Module, step: SkipChannels) -> list[str]:
     """Remarks, after the feed-forward layers of `model` compute as `step` says. In place; again with another share replaces the first.
 
-    Modules that a later `Quantize` puts in the place of the experts know nothing of it: call it once more then.
+    Modules that are swapped in later know nothing of it: call it once more then, as `compress` and loading do.
     Raises ValueError for a model without a gated feed-forward layer that is known here.
     """
     layout, found = family_of(model).experts, 0

@@ -11,7 +11,7 @@ and the result is that of `surgery.keep_experts` to rounding.
 parts. E experts become parts * E finer ones whose router rows are copies; all copies of an expert have one score, so with
 parts * top_k of them chosen the model computes what it did. A router that normalises its gates, or takes a softmax, gives each copy
 1 / parts of the gate; `routed_scaling_factor`, or else the down projections, make that good. Many small experts of which few are
-active are the shape of DeepSeekMoE (arXiv 2401.06066, section 3.1); `Route` may then use fewer.
+active are the shape of DeepSeekMoE (arXiv 2401.06066, section 3.1): `active=` chooses them.
 """
 
 import copy
@@ -241,16 +241,17 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | None = None) -> list[str]:
-    """Makes `parts` finer experts of each, in place, and a token choose parts * top_k of them: the same function. Returns remarks.
+def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | None = None, *, active: int | None = None) -> list[str]:
+    """Makes `parts` finer experts of each, in place, and a token choose `active` of them. Returns remarks.
 
-    Expert e becomes parts * e .. parts * e + parts - 1, the most important inner channels first: by E[(g h)^2] |down column|^2 over
-    `batches`, or by the norms of the weights without them. Where the router has a bias for selection (DeepSeek), it orders the copies,
-    so that `Route(top_k=...)` takes the first ones first; other routers may take any. That order is a step of 2.4e-7 in the score: a
-    token whose last chosen and first left-out expert are nearer than parts times that may choose otherwise. Routers that normalise keep
-    the sum of their gates also when fewer parts are chosen, which scales those up.
+    By default parts * top_k are active, and the function is the same. With fewer an approximation: expert e becomes
+    parts * e .. parts * e + parts - 1, the most important inner channels first (by E[(g h)^2] |down column|^2 over `batches`, or
+    by the norms of the weights without them), and where the router has a bias for selection (DeepSeek), steps of 2.4e-7 in it order
+    the copies, so that the first parts are chosen first; other routers may take any. Gates that are normalised sum to what
+    min(parts, active) parts of one expert would have had: a token that gets less than one expert must not count it as a whole one.
 
-    Raises ValueError when `parts` does not divide the inner channels, and for routers that choose groups of experts first.
+    Raises ValueError when `parts` does not divide the inner channels, for an `active` outside of 1 .. parts * top_k, and for routers that
+    choose groups of experts first.
     """
     places, layout, config = mixtures(model), family_of(model).experts, model.config.get_text_config()
     found = {name: (model.get_submodule(name), model.get_submodule(place)) for name, place in places.items()}
@@ -260,25 +261,32 @@ def split_experts(model: nn.Module, parts: int = 8, batches: Sequence[Tensor] | 
             raise ValueError(
                 f"{name} picks groups of experts first (n_group = {router.num_group}); only models with n_group = 1 can be split"
             )
+    whole = parts * next(iter(found.values()))[0].top_k
+    active = whole if active is None else active
+    if not 1 <= active <= whole:
+        raise ValueError(
+            f"active={active} of the finer experts; give 1 .. {whole}, which is all parts of the experts that a token chose before"
+        )
     importance = _importance(model, places, batches)
     plans = {name: torch.stack([deal(v, parts) for v in importance[name]]) for name in places}  # [E, parts, n]
-    factor = float(parts) if getattr(next(iter(found.values()))[0], "norm_topk_prob", True) else 1.0
     scaled = hasattr(config, "routed_scaling_factor")
-    if not scaled:
-        factor = float(parts)  # a softmax over copies gives each 1 / parts, normalised or not
+    if getattr(next(iter(found.values()))[0], "norm_topk_prob", True):
+        factor = float(min(parts, active))
+    else:  # a sigmoid's gates are those of the whole expert, a softmax over copies gives each 1 / parts
+        factor = 1.0 if scaled else float(parts)
     for name, (router, experts) in found.items():
         _split_stacks(experts, layout, plans[name], 1.0 if scaled else factor)
         for tensors in (router._parameters, router._buffers):
             for t in (t for t in tensors.values() if t is not None and t.ndim and t.shape[0] == total):
                 t.data, t.grad = t.detach().repeat_interleave(parts, 0), None
-        if "e_score_correction_bias" in router._buffers:  # a step that orders copies and is far below what tells experts apart
+        if active < whole and "e_score_correction_bias" in router._buffers:  # a step that is far below what tells experts apart
             router.e_score_correction_bias -= torch.arange(parts, device=router.weight.device).repeat(total) * 2.0**-22
         if scaled:
             router.routed_scaling_factor *= factor
         for module in (router, experts, model.get_submodule(name.rpartition(".")[0])):
             for key in (*_NAMES, "top_k", "num_experts_per_tok"):
                 if isinstance(vars(module).get(key), int):
-                    setattr(module, key, vars(module)[key] * parts)
+                    setattr(module, key, active if "experts" not in key or "per_tok" in key else vars(module)[key] * parts)
         for key in ("intermediate_dim", "intermediate_size"):
             if isinstance(vars(experts).get(key), int):
                 setattr(experts, key, vars(experts)[key] // parts)

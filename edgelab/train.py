@@ -50,6 +50,7 @@ from edgelab.mixed_experts import QExpertsMixed
 from edgelab.model import Weight, by_expert, dequantize, quantized, swap, weights
 from edgelab.qtensor import QTensor
 from edgelab.recipe import Distill, FineTune, Gptq, Qat, Rtn
+from edgelab.runtime_steps import restore, steps_of
 from edgelab.scheme import PerGroup, QuantScheme
 
 _HELD, _HELD_MOST = 0.125, 64  # rows that only judge
@@ -595,6 +596,7 @@ def _twin(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]
             adapters[name] = module.lora_a.detach().float(), module.lora_b.detach().float()
             module.lora_a = module.lora_b = None
     dequantize(twin)
+    restore(twin, steps_of(twin))  # the modules that came back compute by the model's run-time steps, too
     return twin, adapters
 
 

@@ -15,8 +15,7 @@ from edgelab.expert_stats import expert_stats
 from edgelab.expert_steps import drop, masked, merge, shrink_experts, split_experts
 from edgelab.methods import experts as decide
 from edgelab.model import FAMILIES
-from edgelab.recipe import DropExperts, MergeExperts, Route
-from edgelab.routing import route
+from edgelab.recipe import DropExperts, MergeExperts
 
 SPARSE = [f for f in CONFIGS if FAMILIES[f].experts]
 BATCHES = [torch.arange(40).reshape(2, 20) % 96, torch.arange(33).reshape(3, 11) % 96 + 7]
@@ -255,8 +254,11 @@ def test_split_is_the_same_function(family, batches, tmp_path):
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for n, p in model.named_parameters() if "experts" in n and not n.endswith("bias")) == size
     check_round_trip(model, tmp_path)
-    route(model, Route(top_k=4))
-    assert logits(model).isfinite().all() and not torch.allclose(logits(model), want)
+    few = tiny(family)
+    assert split_experts(few, 8, batches, active=4)[0].endswith("a token chooses 4")
+    assert logits(few).isfinite().all() and not torch.allclose(logits(few), want)
+    few.save_pretrained(tmp_path / "few")  # copies tie exactly in a softmax router: their order, and so the last digit, may differ
+    torch.testing.assert_close(logits(type(few).from_pretrained(tmp_path / "few").eval()), logits(few), rtol=1e-4, atol=1e-5)
 
 
 def test_split_with_gates_that_are_not_normalised():
@@ -280,7 +282,34 @@ def test_the_first_parts_hold_the_most():
     assert (size.argmax(1) == 0).all() and x.down_proj.shape == (128, 32, inner // 32)
 
 
+def test_half_an_expert_counts_as_half():
+    """Four equal parts of one expert, two of them active: half of what the expert puts out, not all of it."""
+    model = tiny("deepseek_v3")
+    for router in routers(model).values():
+        router.top_k = 1
+    model.config.num_experts_per_tok = 1
+    outputs = []
+    names = [name.rpartition(".")[0] + ".experts" for name in routers(model)]
+    for name in names:
+        experts = model.get_submodule(name)
+        inner = experts.down_proj.shape[-1]
+        with torch.no_grad():  # every inner channel of an expert the same
+            experts.gate_up_proj.copy_(experts.gate_up_proj.unflatten(1, (2, inner))[:, :, :1].expand(-1, -1, inner, -1).flatten(1, 2))
+            experts.down_proj.copy_(experts.down_proj[..., :1].expand_as(experts.down_proj))
+        experts.register_forward_hook(lambda _m, _a, out: outputs.append(out.detach().clone()))
+    first = names[0]
+    logits(model)
+    whole = outputs[0]
+    outputs.clear()
+    split_experts(model, 4, active=2)
+    assert model.get_submodule(first).num_experts == 16
+    logits(model)
+    torch.testing.assert_close(outputs[0], whole / 2, rtol=1e-3, atol=1e-5)
+
+
 def test_split_refused():
+    with pytest.raises(ValueError, match=r"active=17 of the finer experts; give 1 \.\. 16"):
+        split_experts(tiny("qwen3_moe"), 8, active=17)
     with pytest.raises(ValueError, match="parts=3 does not divide the 32 inner channels"):
         split_experts(tiny("qwen3_moe"), 3)
     grouped = tiny("deepseek_v3")

@@ -150,3 +150,16 @@ def test_steps_compose_from_end_to_end_and_the_model_is_as_it_was():
     assert done.coverage.parameters < sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         assert torch.isfinite(done.model(BATCHES[0]).logits).all()
+
+
+@pytest.mark.parametrize(
+    "step", [SkipChannels(0.5), Route(top_p=0.4), Route(top_k=1), SparseAttention(4, 4)], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_run_time_step_before_rounding_is_the_same_as_behind_it(family, step):
+    model, ids = tiny(family), BATCHES[0]
+    before, behind, alone = (compress(model, Recipe(steps), progress=False).model for steps in ((step, INT4), (INT4, step), (INT4,)))
+    with torch.no_grad():
+        got, want, plain = (m(ids).logits for m in (before, behind, alone))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert not torch.allclose(got, plain)

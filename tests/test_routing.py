@@ -178,36 +178,24 @@ def test_rules_on_gates():
 
 
 def test_the_embedded_model_split_into_128_and_cheap(tmp_path):
-    """16 experts become 128: the same logits, up to selections closer than the step that orders an expert's copies; then 4 of 128."""
-    model, step = load(data_dir() / "edge-moe"), 2.0**-22
-    ids = torch.randint(2048, (4, 64), generator=torch.Generator().manual_seed(0))
-    clear = torch.ones(ids.shape, dtype=torch.bool)
-
-    def gap(router, _inputs, output) -> None:
-        best = (output[0].sigmoid() + router.e_score_correction_bias).topk(3).values
-        clear.logical_and_((best[:, 1] - best[:, 2] > 8 * step).view(ids.shape))
-
-    handles = [r.register_forward_hook(gap) for r in routers(model).values()]
-    with torch.no_grad():
-        want = model(ids).logits
-    for h in handles:
-        h.remove()
+    """16 experts become 128: with 16 active the same logits, for every token; with 4 active the parts that matter most."""
+    model, original = load(data_dir() / "edge-moe"), load(data_dir() / "edge-moe")
+    ids = torch.randint(2048, (8, 128), generator=torch.Generator().manual_seed(0))
     split_experts(model, 8)
-    assert flops_per_token(model)["experts"] == flops_per_token(load(data_dir() / "edge-moe"))["experts"]
+    assert flops_per_token(model)["experts"] == flops_per_token(original)["experts"]
     with torch.no_grad():
-        off = (model(ids).logits - want).abs().amax(-1)  # [4, 64]
-    same = clear.cumprod(1).bool()  # a row counts up to the first selection that is too close to call
-    assert same.float().mean() > 0.9 and off[same].max() < 1e-4
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=0, atol=1e-4)
+    few = load(data_dir() / "edge-moe")
+    split_experts(few, 8, active=4)
     chosen = []
-    route(model, Route(top_k=4))
-    for router in routers(model).values():
+    for router in routers(few).values():
         router.register_forward_hook(lambda _m, _a, o: chosen.append(o[2]))
     with torch.no_grad():
-        model(ids)
-    assert (torch.cat(chosen) % 8 < 4).all()  # the parts that matter most come first
-    assert model.config.n_routed_experts == 128 and set(active_experts(model, [ids]).values()) == {4.0}
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=0, atol=0)
+        few(ids)
+    assert (torch.cat(chosen) % 8 < 4).float().mean() > 0.999  # first parts first, but for two experts that all but tie
+    assert few.config.n_routed_experts == 128 and set(active_experts(few, [ids]).values()) == {4.0}
+    few.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path)), logits(few), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
