@@ -22,6 +22,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from numbers import Real
+from typing import get_args
 
 from edgelab.scheme import ActScheme, QuantScheme
 
@@ -354,6 +355,16 @@ class Quantize:
         return cls(rules, **{k: v for k, v in d.items() if k not in ("step", "rules")})
 
 
+def _plain_dict(step) -> dict:
+    """A step whose settings are plain numbers and texts as data: its class' name as in `_STEPS`, then its settings."""
+    return {"step": _name_of(type(step)), **asdict(step)}
+
+
+def _name_of(cls: type) -> str:
+    """`DropExperts` -> "drop_experts"."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
+
+
 @dataclass(frozen=True)
 class Smooth:
     """Divide the inputs of the linears behind each norm by a scale per channel, and multiply their weights by it.
@@ -374,8 +385,7 @@ class Smooth:
             raise ValueError(f"method={self.method!r} of a Smooth step is not known; use 'smoothquant' or 'awq'")
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "smooth", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -388,8 +398,7 @@ class Rotate:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "rotate", **asdict(self)}
+    to_dict = _plain_dict
 
 
 # ---------------------------------------------------------------------------------------------------------- structure
@@ -416,8 +425,7 @@ class DropExperts:
     def data_free(self) -> bool:
         return self.method == "random"
 
-    def to_dict(self) -> dict:
-        return {"step": "drop_experts", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -436,8 +444,7 @@ class MergeExperts:
         _check_settings(self)
         _one_of(self, "method", ("outputs", "router"))
 
-    def to_dict(self) -> dict:
-        return {"step": "merge_experts", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -463,8 +470,7 @@ class PruneChannels:
     def data_free(self) -> bool:
         return self.method != "activation"
 
-    def to_dict(self) -> dict:
-        return {"step": "prune_channels", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -486,8 +492,7 @@ class PruneHeads:
     def data_free(self) -> bool:
         return self.method != "activation"
 
-    def to_dict(self) -> dict:
-        return {"step": "prune_heads", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -500,8 +505,7 @@ class DropLayers:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "drop_layers", **asdict(self)}
+    to_dict = _plain_dict
 
 
 # -------------------------------------------------------------------------------------------------------------- zeros
@@ -608,8 +612,7 @@ class SkipChannels:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "skip_channels", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -623,8 +626,7 @@ class SparseAttention:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "sparse_attention", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -645,8 +647,7 @@ class EarlyExit:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def to_dict(self) -> dict:
-        return {"step": "early_exit", **asdict(self)}
+    to_dict = _plain_dict
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
@@ -692,8 +693,7 @@ class Distill:
                 f"loss={self.loss!r} at {self.temperature:g}; give samples=0, which reads the teacher at each step"
             )
 
-    def to_dict(self) -> dict:
-        return {"step": "distill", **asdict(self)}
+    to_dict = _plain_dict
 
 
 @dataclass(frozen=True)
@@ -714,8 +714,7 @@ class FineTune:
         _check_settings(self)
         _one_of(self, "train", _TRAIN)
 
-    def to_dict(self) -> dict:
-        return {"step": "fine_tune", **asdict(self)}
+    to_dict = _plain_dict
 
 
 def _refuse_unknown(cls: type, d: dict) -> None:
@@ -739,25 +738,7 @@ Structure = DropExperts | MergeExperts | PruneChannels | PruneHeads | DropLayers
 RunTime = Route | SkipChannels | SparseAttention | EarlyExit
 Learning = Distill | FineTune
 Step = Quantize | Smooth | Rotate | Prune | Structure | RunTime | Learning
-_STEPS = {"quantize": Quantize.from_dict} | {
-    name: _plain_step(cls)
-    for name, cls in (
-        ("smooth", Smooth),
-        ("rotate", Rotate),
-        ("prune", Prune),
-        ("drop_experts", DropExperts),
-        ("merge_experts", MergeExperts),
-        ("prune_channels", PruneChannels),
-        ("prune_heads", PruneHeads),
-        ("drop_layers", DropLayers),
-        ("route", Route),
-        ("skip_channels", SkipChannels),
-        ("sparse_attention", SparseAttention),
-        ("early_exit", EarlyExit),
-        ("distill", Distill),
-        ("fine_tune", FineTune),
-    )
-}
+_STEPS = {"quantize": Quantize.from_dict} | {_name_of(cls): _plain_step(cls) for cls in get_args(Step) if cls is not Quantize}
 
 
 def step_of(d: dict) -> Step:
