@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgelab.evaluate import routers
 from edgelab.metrics.kl_divergence.kl_divergence import token_kl
 from edgelab.model import family_of
+from edgelab.routing import router_pairs
 
 POLICIES = ("lru", "lfu", "belady")
 NEVER = 1 << 62
@@ -136,7 +136,7 @@ def trace(model: nn.Module, batches: Sequence[Tensor], *, expert_bytes: float | 
 
     Raises ValueError for a model without routers.
     """
-    found = _mixtures(model)
+    found = router_pairs(model)
     seen: list[list[np.ndarray]] = [[] for _ in found]
     with ExitStack() as stack:
         for i, (router, _) in enumerate(found.values()):
@@ -174,19 +174,6 @@ def simulate(trace: Trace, capacity: int, policy: str = "lru") -> CacheRun:
     return CacheRun(capacity, policy, hits / max(1, hits + misses), read / max(1, trace.tokens), misses, tuple(rates))
 
 
-def _mixtures(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """{name of a router: (router, experts beside it)}"""
-    found = {}
-    for name, router in routers(model).items():
-        experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
-        if experts is None:
-            raise ValueError(f"the router {name} has no module 'experts' beside it: this mixture is not known here")
-        found[name] = router, experts
-    if not found:
-        raise ValueError("the model has no routers: an expert cache is for mixtures of experts")
-    return found
-
-
 def _bytes_of_one(experts: nn.Module) -> float:
     if hasattr(experts, "expert_bytes"):  # mapped ones know
         return experts.expert_bytes
@@ -214,7 +201,7 @@ def prefer_cached(model: nn.Module, strength: float, capacity: int | None = None
         raise ValueError(f"strength={strength} would favour what is not in RAM; give 0 or more")
     caches: list[Cache] = []
     with ExitStack() as stack:
-        for name, (router, experts) in _mixtures(model).items():
+        for name, (router, experts) in router_pairs(model).items():
             real = getattr(experts, "cache", None)
             if capacity is None and real is None:
                 raise ValueError(

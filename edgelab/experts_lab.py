@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edgelab import plots, studies, words
 from edgelab.compress import Compressed
+from edgelab.exercises import numbers
 from edgelab.expert_cache import CacheRow
 from edgelab.expert_stats import ExpertStats
 from edgelab.recipe import Route
@@ -399,15 +400,6 @@ def toy_rows() -> list[dict[str, str]]:
     return [{"expert": e, "its tokens: gate x norm of output": ", ".join(f"{g} x {n:g}" for g, n in t)} for e, t in EXERCISE_TOKENS]
 
 
-def _numbers(answer, count: int) -> list[float] | None:
-    """`answer` as `count` finite numbers, or None when it is something else."""
-    try:
-        numbers = [float(a) for a in np.asarray(answer, dtype=float).reshape(-1)]
-    except (TypeError, ValueError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
 def _near(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(math.isclose(x, y, rel_tol=5e-3) for x, y in zip(a, b, strict=True))
 
@@ -416,7 +408,7 @@ def check_reap(scores, dropped) -> str:
     """Exercise 1: the REAP scores of A, B, C and the name of the expert that goes first."""
     if scores is None or dropped is None:
         return "Not answered yet: put a list of three scores and a name in place of None."
-    given = _numbers(scores, 3)
+    given = numbers(scores, 3)
     if given is None:
         return "Not yet: three numbers, the scores of A, B and C."
     tokens = [t for _, t in EXERCISE_TOKENS]
@@ -453,7 +445,7 @@ def check_bytes(answer) -> str:
     """Exercise 2: bytes of 16 experts, 4 of them int4-g32 and 12 int2-g32."""
     if answer is None:
         return "Not answered yet: put a number of bytes in place of None."
-    given = _numbers(answer, 1)
+    given = numbers(answer, 1)
     if given is None:
         return "Not yet: one number, please."
     n = EXERCISE_WEIGHTS
@@ -475,7 +467,7 @@ def check_lru(answer) -> str:
     """Exercise 3: the hits of an LRU cache on `EXERCISE_TRACE`, one expert per token, as a number of hits."""
     if answer is None:
         return "Not answered yet: put the number of hits in place of None."
-    given = _numbers(answer, 1)
+    given = numbers(answer, 1)
     if given is None:
         return "Not yet: one number, please."
     right = _hits(EXERCISE_TRACE, EXERCISE_CAPACITY)

@@ -26,7 +26,8 @@ from edgelab import plots, set_threads
 from edgelab.compare import pool
 from edgelab.compress import Compressed
 from edgelab.dynamic import saved
-from edgelab.evaluate import Measured, interval, measure, summarise, weigh
+from edgelab.evaluate import Measured, measure, summarise
+from edgelab.exercises import hint, numbers
 from edgelab.kernels.matmul import qmatmul
 from edgelab.kernels.pack import tile
 from edgelab.kernels.sparse import bitmap_matmul, bits, columns, csr_matmul
@@ -34,6 +35,7 @@ from edgelab.methods.prune import keep, keep_n_of_m, sparsegpt, wanda
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.methods.sparse import encode
 from edgelab.model import weights
+from edgelab.quantize_lab import kld_ratio
 from edgelab.recipe import Prune, matches
 from edgelab.scheme import QuantScheme
 from edgelab.sparsify import Storage, storage_table
@@ -166,9 +168,7 @@ class Results:
 
     def ratio(self, a: str, b: str, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
         """KLD of `a` over that of `b` with its 95 % interval: documents drawn anew, the same for both."""
-        one, two = (self.pooled.scores[name]["all"] for name in (a, b))
-        drawn = weigh(one.source, resamples, seed)
-        return float(one.kld.sum() / two.kld.sum()), *interval((drawn @ one.kld) / (drawn @ two.kld))
+        return kld_ratio(self.pooled, a, b, resamples=resamples, seed=seed)
 
     def rows(self, against: str | None = None) -> list[dict[str, str]]:
         """A line per model; `against`: the one whose KLD theirs is divided by, paired."""
@@ -784,24 +784,11 @@ _KEPT, _LOSS = [0, 1, 1, 0], 0.25  # scores .4 1 .9 .3; .4^2 + .3^2
 _SHARE, _FEED_FORWARD = 0.75, 0.6
 
 
-def _numbers(answer, count: int) -> list[float] | None:
-    """`answer` as `count` finite numbers, or None when it is something else."""
-    try:
-        numbers = [float(a) for a in np.asarray(answer, dtype=float).reshape(-1)]
-    except (TypeError, ValueError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
-def _hint(value: float, hints: Mapping[float, str], otherwise: str, tolerance: float = 2e-3) -> str:
-    return f"Not yet: {next((h for v, h in hints.items() if abs(value - v) <= tolerance), otherwise)}."
-
-
 def check_wanda(mask, loss) -> str:
     """Exercise 1: which two of `EXERCISE_ROW` Wanda keeps (1 or 0 each), and the squared output error that this adds."""
     if mask is None or loss is None:
         return "Not answered yet: put a list of four 0s and 1s and a number in place of None."
-    m, x = _numbers(mask, 4), _numbers(loss, 1)
+    m, x = numbers(mask, 4), numbers(loss, 1)
     if m is None or x is None or set(m) - {0.0, 1.0}:
         return "Not yet: the mask is four numbers, 1 where a weight stays and 0 where it goes; the loss is one number."
     if m == [1, 0, 0, 1]:
@@ -818,14 +805,14 @@ def check_wanda(mask, loss) -> str:
     }
     if abs(x[0] - _LOSS) <= 2e-3:
         return "Right: the scores are 0.4, 1, 0.9, 0.3, the first and the last go, and 0.16 + 0.09 = 0.25. Magnitude's mask loses 1.81."
-    return _hint(x[0], hints, "add up the squared scores of the two weights that go")
+    return hint(x[0], hints, "add up the squared scores of the two weights that go")
 
 
 def check_break_even(sparsity) -> str:
     """Exercise 2: the share of zeros from which a bitmap of float16 values is smaller than dense int4 in groups of 64."""
     if sparsity is None:
         return "Not answered yet: put a share between 0 and 1 in place of None."
-    x = _numbers(sparsity, 1)
+    x = numbers(sparsity, 1)
     if x is None:
         return "Not yet: one number, please."
     right = 1 - (4.25 - 1) / 16
@@ -839,14 +826,14 @@ def check_break_even(sparsity) -> str:
         1 - 3.5 / 16: "that is the answer for groups of 32; with 64 weights to a scale int4 is smaller",
         0.75: "16 bits against 4 is too simple: count the bitmap and the scales",
     }
-    return _hint(x[0], hints, "set 1 + 16 (1 - s) equal to the bits per weight of int4-g64", 1e-3)
+    return hint(x[0], hints, "set 1 + 16 (1 - s) equal to the bits per weight of int4-g64", 1e-3)
 
 
 def check_skip(times) -> str:
     """Exercise 3: how many times faster skipping 75 % of the channels can be, where the gated feed-forwards are 60 % of the time."""
     if times is None:
         return "Not answered yet: put a number (how many times faster, at best) in place of None."
-    x = _numbers(times, 1)
+    x = numbers(times, 1)
     if x is None:
         return "Not yet: one number, please."
     left = 1 - _FEED_FORWARD * _SHARE / 3
@@ -860,4 +847,4 @@ def check_skip(times) -> str:
         1 / (1 - _SHARE): "that would be so if the whole model shrank with the channels",
         1 + (1 - left): "nearly: a time of 1 - 0.15 is left, and 1 / 0.85 is more than 1.15",
     }
-    return _hint(x[0], hints, "the share of the time that goes is 0.6 of a third of 0.75", 3e-3)
+    return hint(x[0], hints, "the share of the time that goes is 0.6 of a third of 0.75", 3e-3)

@@ -29,6 +29,7 @@ from edgelab import plots
 from edgelab.compare import pool
 from edgelab.compress import Compressed
 from edgelab.evaluate import Measured, interval, measure, summarise, weigh
+from edgelab.exercises import numbers
 from edgelab.methods.calibrate import InputStats
 from edgelab.methods.gptq import gptq
 from edgelab.methods.hqq import hqq
@@ -234,6 +235,13 @@ class Point(NamedTuple):
     same_top: float
 
 
+def kld_ratio(pooled: Measured, a: str, b: str, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """KLD of `a` over that of `b` on all documents of `pooled` (`compare.pool`), with its 95 % interval: drawn anew, the same for both."""
+    one, two = (pooled.scores[name]["all"] for name in (a, b))
+    drawn = weigh(one.source, resamples, seed)
+    return float(one.kld.sum() / two.kld.sum()), *interval((drawn @ one.kld) / (drawn @ two.kld))
+
+
 @dataclass(frozen=True, eq=False)
 class Results:
     """{name: Point} of models measured on the same documents, and the sums behind them, domains put together."""
@@ -243,9 +251,7 @@ class Results:
 
     def ratio(self, a: str, b: str, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
         """KLD of `a` over that of `b`, with its 95 % interval: documents drawn anew, the same for both."""
-        one, two = (self.pooled.scores[name]["all"] for name in (a, b))
-        drawn = weigh(one.source, resamples, seed)
-        return float(one.kld.sum() / two.kld.sum()), *interval((drawn @ one.kld) / (drawn @ two.kld))
+        return kld_ratio(self.pooled, a, b, resamples=resamples, seed=seed)
 
     def rows(self, against: str | None = None, names: Sequence[str] | None = None) -> list[dict[str, str]]:
         """A line per model; `against`: the one whose KLD theirs is divided by, paired."""
@@ -634,20 +640,11 @@ EXERCISE_GROUP = (0.3, -0.7, 1.2, -0.1, 0.5, 1.6, -1.5, 0.9)  # no tie, one weig
 _ROW, _H, _STEP = (0.6, 0.6), ((4.0, 1.0), (1.0, 2.0)), 1.0
 
 
-def _numbers(answer, count: int) -> list[float] | None:
-    """`answer` as `count` finite numbers, or None when it is something else."""
-    try:
-        numbers = [float(a) for a in np.asarray(answer, dtype=float).reshape(-1)]
-    except (TypeError, ValueError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
 def check_rtn(scale, codes) -> str:
     """Exercise 1: scale and the 8 stored codes 0 .. 7 of `EXERCISE_GROUP` at 3 bits, signed-maximum form."""
     if scale is None or codes is None:
         return "Not answered yet: put the scale and a list of eight codes in place of None."
-    s, c = _numbers(scale, 1), _numbers(codes, 8)
+    s, c = numbers(scale, 1), numbers(codes, 8)
     if s is None or c is None:
         return "Not yet: the scale is one number and the codes are eight, one for each weight."
     group = np.array(EXERCISE_GROUP)
@@ -676,7 +673,7 @@ def check_bits(answer) -> str:
     """Exercise 2: effective bits per weight of uint3-g64."""
     if answer is None:
         return "Not answered yet: put a number of bits in place of None."
-    number = _numbers(answer, 1)
+    number = numbers(answer, 1)
     right = QuantScheme.parse("uint3-g64").bits_per_weight((64, 128))
     if number is None:
         return "Not yet: one number, please."
@@ -699,7 +696,7 @@ def check_gptq(updated, code) -> str:
     """Exercise 3: GPTQ's update of the second of two weights, and the level it is then rounded to."""
     if updated is None or code is None:
         return "Not answered yet: put the updated second weight and its level in place of None."
-    u, c = _numbers(updated, 1), _numbers(code, 1)
+    u, c = numbers(updated, 1), numbers(code, 1)
     if u is None or c is None:
         return "Not yet: two numbers, the updated weight and the level."
     error = _ROW[0] - round(_ROW[0] / _STEP) * _STEP

@@ -24,7 +24,7 @@ from edgelab.model import family_of, quantized, weights
 from edgelab.recipe import Route
 
 
-def _mixtures(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+def router_pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     """{name of a router: (router, the experts beside it)}, quantized ones too."""
     found = {}
     for name, router in routers(model).items():
@@ -33,7 +33,7 @@ def _mixtures(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             raise ValueError(f"the router {name} has no module 'experts' beside it: this mixture is not known here")
         found[name] = router, experts
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no experts: Route is for mixtures of experts")
+        raise ValueError(f"this {type(model).__name__} has no experts: this is for mixtures of experts")
     return found
 
 
@@ -44,7 +44,7 @@ def route(model: nn.Module, step: Route) -> list[str]:
 
     Raises ValueError for a model without experts, and for a top_k above what a router can choose from.
     """
-    known = _mixtures(model)
+    known = router_pairs(model)
     for name, (router, _) in known.items():
         most = router.num_experts
         if (getattr(router, "num_group", None) or 1) > 1:
@@ -112,7 +112,7 @@ class _Spare:
 
 def active_experts(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     """{router name: mean number of experts per token whose gate is not 0} over token ids int64 [B, T]."""
-    known, batches = _mixtures(model), _checked(model, batches)
+    known, batches = router_pairs(model), _checked(model, batches)
     sums, tokens = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0)
     handles = []
 
@@ -145,7 +145,7 @@ def flops_per_token(model: nn.Module, active: Mapping[str, float] | None = None)
     >>> flops_per_token(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, bias=False)))
     {'linear': 96.0, 'all': 96.0}
     """
-    known = _mixtures(model) if routers(model) else {}
+    known = router_pairs(model) if routers(model) else {}
     shares = {}
     for name, (router, _) in known.items():
         count = router.top_k if active is None else active[name]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgelab import plots
+from edgelab.exercises import hint, numbers
 from edgelab.methods.distill import LOSSES, divergence
 from edgelab.report import Report
 
@@ -281,11 +282,9 @@ def check_bytes(answer) -> str:
 
 
 def _verdict(answer, right: float, hints: Mapping[float, str], why: str) -> str:
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
+    given = numbers(answer, 1)
+    if given is None:
         return "Not yet: one number, please."
-    if math.isclose(value, right, rel_tol=5e-3):
+    if math.isclose(given[0], right, rel_tol=5e-3):
         return f"Right: {why}."
-    hint = next((h for v, h in hints.items() if math.isclose(value, v, rel_tol=5e-3, abs_tol=1e-9)), "compute each part by itself first")
-    return f"Not yet: {hint}."
+    return hint(given[0], hints, "compute each part by itself first", tolerance=5e-3 * max(1.0, abs(right)))

@@ -53,8 +53,8 @@ FLOORS = [
     | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
     | {"expert_stats", "expert_steps", "routing"}
     | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache"},
-    {"plots", "svg", "words", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab", "experts_lab"}
-    | {"atlas", "tile_picture", "doctor", "explorer", "cli"},
+    {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
+    | {"experts_lab", "atlas", "tile_picture", "doctor", "explorer", "cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}
