@@ -33,7 +33,7 @@ def router_pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             raise ValueError(f"the router {name} has no module 'experts' beside it: this mixture is not known here")
         found[name] = router, experts
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no experts: this is for mixtures of experts")
+        raise ValueError(f"this {type(model).__name__} has no experts (there are no routers in it): this is for mixtures of experts")
     return found
 
 
