@@ -259,19 +259,25 @@ def student_config(vocab: int):
 
 
 def few_shot(b: Bench) -> Report:
-    """int4-g32 by GPTQ, then 1,000 commands to a robot: adapters beside the codes, scales alone, and the original whole."""
+    """int4-g32 by GPTQ, then 1,000 commands to a robot, with as many rows of the old text between them ("rehearsed") or alone."""
     import datasets
 
     fp, new = b.model(), adapt.commands(1000)
     rows = data.calibration_batches(b.tokenizer, new["train"], tokens=200_000, context=CONTEXT)
+    old = torch.cat(b.training)[: sum(len(r) for r in rows)]
     test = datasets.concatenate_datasets([b.corpus["test"], new["test"]])
     int4 = compress(fp, Recipe.uniform("int4-g32", method="gptq"), calibration=b.calibration).model
     models = {"fp": fp, "int4": int4}
-    for name, base, train in (("int4 + LoRA", int4, "lora"), ("int4, scales", int4, "scales"), ("fp, all weights", fp, "all")):
+    for name, base, train, lr, text in (
+        ("int4 + LoRA", int4, "lora", 3e-3, [*rows, old]),
+        ("int4, scales", int4, "scales", 1e-2, [*rows, old]),
+        ("fp, all weights", fp, "all", 3e-4, [*rows, old]),
+        ("fp, all weights, not rehearsed", fp, "all", 3e-4, rows),
+    ):
         models[name] = copy.deepcopy(base)
-        lr = {"lora": 3e-3, "scales": 1e-2, "all": 3e-4}[train]
-        learn(models[name], FineTune(steps=200, lr=lr, train=train, batch=8), rows, folder=b.work / f"adapt-{train}")
-        b.keep_curve(name, b.work / f"adapt-{train}")
+        work = b.work / f"adapt-{name.replace(' ', '-')}"
+        learn(models[name], FineTune(steps=300, lr=lr, train=train, rank=16, batch=8), text, folder=work)
+        b.keep_curve(name, work)
     return b.report(models, test)
 
 

@@ -215,7 +215,27 @@ back = lab.recovered(qat.report, "fp", "int4-row, to nearest", "int4-row, QAT", 
 print(f"QAT at 4 bits wins back {100 * back:.0f} % of the KL divergence that rounding to nearest costs")
 
 # %% [markdown]
-# ## 7. The recipe of the house
+# ## 7. A new task on top of frozen codes
+#
+# The Qingzhou article says that about 1,000 labelled examples are enough for a new domain. Here: spoken commands to a robot, which no model
+# ever saw, learnt by an int4 model through adapters (LoRA) or through its scales alone, and by the original.
+#
+# **Predict.** What happens to the assistant, whose commands look the same and mean other calls?
+
+# %%
+few_shot = studies.read("adapt")
+table(lab.rows(few_shot.report, {
+    "exact match, robot": ("exact_match", "robot"),
+    "exact match, assistant": ("exact_match", "assistant"),
+    "exact match, arithmetic": ("exact_match", "arithmetic"),
+}))  # fmt: skip
+
+# %% [markdown]
+# **Answer.** Alone, 1,000 examples teach the new task nearly whole, and the assistant forgets *everything*: it answers with a robot's
+# calls. With as many rows of the old text between them ("rehearsed", the other lines) most of the old stays, and less of the new is learnt. "Enough" is
+# half of the truth: ask what was lost.
+#
+# ## 8. The recipe of the house
 #
 # `Recipe.phone()`: REAP drops half of the experts, the rest learns from the original, GPTQ spends 2.85 bits per weight where they
 # count, and then the *scales* of the frozen codes learn, which adds no byte. The bundle ships in `data/edge-phone`.
