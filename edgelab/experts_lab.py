@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edgelab import plots, studies, words
 from edgelab.compress import Compressed
+from edgelab.evaluate import evaluate
 from edgelab.exercises import numbers
 from edgelab.expert_cache import CacheRow
 from edgelab.expert_stats import ExpertStats
@@ -198,6 +199,15 @@ def exchange(stats: Domains, share: float = 0.25) -> Exchange:
     return Exchange(kept, kept | {name: sorted({*kept[name]} - {gone} | {back})}, layer, back, gone)
 
 
+def without_largest(stats: Domains, share: float = 0.25) -> dict[str, list[int]]:
+    """{router: the experts that stay when the `share` of each mixture with the largest REAP scores goes}: the wrong way round."""
+    found = {}
+    for name, s in merged(stats).items():
+        order = np.argsort(-s.reap.numpy(), kind="stable").tolist()
+        found[name] = sorted(order[round(share * len(order)) :])
+    return found
+
+
 def outcome_rows(report: Report, kld_on: Sequence[str] | None = None, *, size: bool = True) -> list[dict[str, str]]:
     """A line per model: its size, exact match on each domain, KL divergence on each slice of `kld_on` (all of them unless given)."""
     lines = []
@@ -227,6 +237,13 @@ def built(name: str, folder=None) -> tuple[str, list[dict[str, str]]]:
         f"Measured at build, {study.seconds / 60:.0f} minutes on {where or 'two cores'}, up to {n} documents; mean of domains: all alike."
     )
     return told, outcome_rows(study.report, kld_on=[studies.MEAN])
+
+
+def measured(models: Mapping[str, nn.Module], *, original: nn.Module, tokenizer, test, **settings) -> Report:
+    """A report on `original` and `models` on the same documents of `test`; sizes as of a bfloat16 file."""
+    every = {"original": original} | dict(models)
+    sizes = {name: 2 * sum(p.numel() for p in m.parameters()) for name, m in every.items()}
+    return evaluate(every, tokenizer, test, sizes=sizes, context=256, bootstrap=500, speed=False, progress=False, **settings)
 
 
 def exact(report: Report, model: str, domain: str) -> float:

@@ -180,3 +180,11 @@ def show(fig: go.Figure, sentence: str = "") -> None:
         "text/plain": sentence or fig.layout.title.text,
     }
     display(faces, raw=True)
+
+
+def show_rows(rows: list[dict[str, str]]) -> None:
+    """Display `rows`, a dict per line, in a notebook as a table; nothing where there are none."""
+    from IPython.display import Markdown, display
+
+    if rows:
+        display(Markdown(words.markdown(rows)))

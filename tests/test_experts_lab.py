@@ -268,3 +268,17 @@ def test_wrong_bytes_are_rejected_with_a_hint(answer, hint):
 )
 def test_wrong_hits_are_rejected_with_a_hint(answer, hint):
     assert lab.check_lru(answer).startswith("Not yet") and hint in lab.check_lru(answer)
+
+
+def test_upside_down_the_largest_go():
+    import torch
+
+    from edgelab.evaluate import routers
+    from edgelab.expert_stats import expert_stats
+
+    model = tiny("qwen3_moe")
+    (name,) = routers(model)
+    stats = {"a": expert_stats(model, [torch.arange(64).reshape(2, 32) % 90], all_tokens=False, progress=False)}
+    reap = stats["a"][name].reap
+    (kept,) = lab.without_largest(stats, 0.5).values()
+    assert len(kept) == 2 and max(reap[e] for e in kept) <= min(reap[e] for e in range(4) if e not in kept)

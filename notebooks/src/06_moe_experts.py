@@ -19,6 +19,7 @@
 
 # %%
 import copy
+from functools import partial
 
 import torch
 from IPython.display import HTML, Markdown, display
@@ -26,7 +27,6 @@ from IPython.display import HTML, Markdown, display
 from edgelab import Recipe, Rtn, compress, corpus, data, expert_cache, plots, words
 from edgelab import experts_lab as lab
 from edgelab.atlas import Atlas, AtlasControl
-from edgelab.evaluate import evaluate
 from edgelab.expert_stats import by_domain
 from edgelab.expert_steps import split_experts
 from edgelab.model import load, load_tokenizer
@@ -48,19 +48,7 @@ model, tokenizer = load(model_dir), load_tokenizer(model_dir)
 text = corpus()
 calibration = data.calibration_batches(tokenizer, text["calibration"], tokens=4 * domain_tokens, context=256, seed=seed)
 stats = by_domain(model, tokenizer, text["calibration"], tokens=domain_tokens, progress=False)
-
-
-def measure(models: dict):
-    """A report on the original and `models`, on the same documents; sizes as of a bfloat16 file."""
-    every = {"original": model} | models
-    sizes = {name: 2 * sum(p.numel() for p in m.parameters()) for name, m in every.items()}
-    settings = {"max_docs": documents, "context": 256, "seed": seed, "bootstrap": 500, "speed": False, "progress": False}
-    return evaluate(every, tokenizer, text["test"], sizes=sizes, **settings)
-
-
-def table(rows: list) -> None:
-    display(Markdown(words.markdown(rows)))
-
+measure = partial(lab.measured, original=model, tokenizer=tokenizer, test=text["test"], max_docs=documents, seed=seed)
 
 routers = list(next(iter(stats.values())))
 first = model.get_submodule(routers[0])
@@ -98,7 +86,7 @@ assert special.share > 2 / len(first.weight), "no expert has a domain of its own
 # Who is chosen together with whom?
 
 # %%
-table(lab.pair_rows(lab.merged(stats)))
+plots.show_rows(lab.pair_rows(lab.merged(stats)))
 
 # %% [markdown]
 # **Explain.** Pairs of one domain's team are chosen together several times as often as chance would have it. Dropping one of a pair
@@ -118,7 +106,7 @@ table(lab.pair_rows(lab.merged(stats)))
 # missed that frequency drops, and whose *answers* will suffer?
 
 # %%
-table(lab.rank_rows(stats, share=0.25))
+plots.show_rows(lab.rank_rows(stats, share=0.25))
 
 # %%
 fewer = {}
@@ -129,7 +117,7 @@ for share in (0.25, 0.5):
 dropped = measure(fewer)
 sentence = words.say_by_domain(dropped, "kld")
 plots.show(plots.by_domain(dropped, "kld"), sentence)
-table(lab.outcome_rows(dropped))
+plots.show_rows(lab.outcome_rows(dropped))
 lost = {name: 1 - lab.exact(dropped, name, "arithmetic") for name in fewer}
 print("arithmetic lost: " + ", ".join(f"{name} {x:.0%}" for name, x in lost.items()))
 assert lost["frequency 25%"] > lost["reap 25%"], "frequency did not cost more of arithmetic than REAP"
@@ -152,7 +140,7 @@ both = {"frequency 25%": copy.deepcopy(model), "one exchanged": copy.deepcopy(mo
 keep_experts(both["frequency 25%"], swap.by_frequency)
 keep_experts(both["one exchanged"], swap.exchanged)
 exchanged = measure(both)
-table(lab.outcome_rows(exchanged))
+plots.show_rows(lab.outcome_rows(exchanged))
 assert lab.exact(exchanged, "one exchanged", "arithmetic") > lab.exact(exchanged, "frequency 25%", "arithmetic")
 
 # %% [markdown]
@@ -163,13 +151,24 @@ assert lab.exact(exchanged, "one exchanged", "arithmetic") > lab.exact(exchanged
 # 50 % there are more specialists than places: REAP saves arithmetic and loses the assistant. A mean over domains would have hidden
 # that: ask for each task by itself. And look at random: it is lucky on prose and has lost the assistant at 25 %.
 #
+# **The control that must fail: REAP upside down.** The quarter with the *largest* scores goes. A score that means anything makes that
+# a ruin.
+
+# %%
+ruined = copy.deepcopy(model)
+keep_experts(ruined, lab.without_largest(stats, share=0.25))
+ruin = measure({"largest REAP dropped": ruined})
+plots.show_rows(lab.outcome_rows(ruin))
+assert lab.exact(ruin, "largest REAP dropped", "assistant") < lab.exact(dropped, "reap 25%", "assistant") - 0.3
+
+# %% [markdown]
 # More documents, more seeds, all methods:
 
 # %%
 told, rows = lab.built("experts")
 display(Markdown(told))
 if rows:
-    table(rows)
+    plots.show_rows(rows)
 
 # %% [markdown]
 # **Look.** In the long measurement REAP and NAEE (which tries subsets and keeps what rebuilds the mixture's output best) lose least at
@@ -191,7 +190,7 @@ for method in ("outputs", "router"):
     together[f"merged by {method} 50%"] = made.model
     print(made.remarks[0][:140], "...")
 merging = measure(together)
-table(lab.outcome_rows(merging))
+plots.show_rows(lab.outcome_rows(merging))
 
 # %% [markdown]
 # **Answer.** No: arithmetic, which REAP had saved whole, is lost by more than half. On the assistant, which REAP lost, merging looks a
@@ -223,9 +222,9 @@ bits = {name: compress(model, Recipe((step,)), calibration=calibration, progress
 spent = {name: lab.expert_bytes(made) for name, made in bits.items()}
 print("; ".join(f"{name}: {n:,} bytes of experts" for name, n in spent.items()))
 assert max(spent.values()) == spent["uniform"]
-table(lab.bit_rows(bits["per expert"]))
+plots.show_rows(lab.bit_rows(bits["per expert"]))
 by_bits = measure({name: made.model for name, made in bits.items()})
-table(lab.outcome_rows(by_bits, size=False))
+plots.show_rows(lab.outcome_rows(by_bits, size=False))
 klds = {name: sum(r.value for r in by_bits.where(model=name, metric="kld")) for name in bits}
 assert klds["per expert"] < klds["uniform"]
 
@@ -291,8 +290,8 @@ steps = {
 }  # fmt: skip
 ways = lab.routings(model, steps, calibration[:1])
 routed = measure({w.name: w.model for w in ways})
-table(lab.routing_rows(ways, routed, against="all 16"))
-table(lab.claim_rows(ways, routed, "top-2 (as trained)", "all 16"))
+plots.show_rows(lab.routing_rows(ways, routed, against="all 16"))
+plots.show_rows(lab.claim_rows(ways, routed, "top-2 (as trained)", "all 16"))
 
 # %% [markdown]
 # **Answer.** The model is best with what it was trained with. With all 16 it is *worse*, as far off as with one alone: no gate was ever
@@ -321,7 +320,7 @@ for active in (8, 4):
     split_experts(fewer, 8, calibration[:2], active=active)
     fine_ways += lab.routings(fewer, {f"{active} of 128": None}, calibration[:1])
 finer = measure({w.name: w.model for w in fine_ways})
-table(lab.routing_rows(fine_ways, finer, against="16 of 128"))
+plots.show_rows(lab.routing_rows(fine_ways, finer, against="16 of 128"))
 
 # %% [markdown]
 # **Answer.** Splitting is the same function to rounding. Eight parts are one whole expert: the line "top-1" above. Four are half of
@@ -348,7 +347,7 @@ rows = expert_cache.table(model, [calibration[0][:2]], capacities=capacities, st
 sentence = lab.say_cache(rows, 8)
 plots.show(lab.cache_figure(rows), sentence)
 display(Markdown(sentence))
-table(lab.cache_rows(rows))
+plots.show_rows(lab.cache_rows(rows))
 
 # %% [markdown]
 # **Answer.** Three quarters and more: neighbouring tokens want the same experts.
@@ -384,7 +383,7 @@ assert difference < 1e-3 and read == misses * size
 told, rows = lab.built("recovery")
 display(Markdown(told))
 if rows:
-    table(rows)
+    plots.show_rows(rows)
 
 # %% [markdown]
 # **Explain.** The original's distribution says more per token than the one word that followed. In one recipe:
@@ -400,7 +399,7 @@ if rows:
 # <details><summary>Hint</summary>A product for each token, then the mean over the tokens *of this expert*.</details>
 
 # %%
-table(lab.toy_rows())
+plots.show_rows(lab.toy_rows())
 scores, goes = None, None  # a list of three numbers for A, B, C; the name of the one that goes
 print(lab.check_reap(scores, goes))
 
@@ -444,7 +443,8 @@ print(lab.check_lru(hits_of_lru))
 # Belady would have dropped 3 when 4 came, and hit 4 times. First in, first out would have dropped 1, and hit twice.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## What would change on your model
 #
 # The name and the text. Families are those of `edgelab.model.FAMILIES` (Mixtral, Qwen-MoE, OLMoE, GPT-OSS, DeepSeek-V3 and more). Take
