@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from edgelab import data
+from edgelab.train import autocast
 
 PROMPT_WEIGHT = 0.1
 ARITHMETIC_WEIGHT = 4.0
@@ -295,7 +296,7 @@ def pretrain(
     routers = watch_load(model)
 
     def loss_of(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         each = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
         return (each * weights.flatten()).sum() / weights.sum()

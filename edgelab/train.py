@@ -1,10 +1,11 @@
 """Learning steps: get the quality back that structure, zeros or codes have cost.
 
 One loop (`_run`) for all: AdamW, a rate that rises over the first twentieth of the steps and falls to zero by a straight line, gradients
-clipped to norm 1, forward passes in bfloat16. Rows are drawn by (seed, step), so that a resumed run sees what it would have
-seen. An eighth of the rows, at most 64, is never learnt from: every tenth of the run judges by it, in float32, and the state that
-was best comes back at the end (the first one, if learning only harmed). Two models that are the same but for bfloat16's noise
-lie 1e-3 nats apart (the embedded MoE; dense 8e-5), about what 8 bits cost: in bfloat16 no judge could see that.
+clipped to norm 1, forward passes in bfloat16 where the processor multiplies it (`autocast`). Rows are drawn by (seed, step), so
+that a resumed run sees what it would have seen. An eighth of the rows, at most 64, is never learnt from: every tenth of the run
+judges by it, in float32, and the state that was best comes back at the end (the first one, if learning only harmed). Two models that
+are the same but for bfloat16's noise lie 1e-3 nats apart (the embedded MoE; dense 8e-5), about what 8 bits cost: in bfloat16 no
+judge could see that.
 
 What learns (`train=`):
 
@@ -718,9 +719,18 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def autocast(device: str | torch.device, enabled: bool = True) -> torch.autocast:
+    """torch.autocast to bfloat16 where that is fast. oneDNN multiplies bfloat16 with AVX-512 and better; on an older processor torch
+    falls back to plain loops, about seven times slower than float32 (LOG.md, 2026-11-26), so there everything stays as it is."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        enabled = enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+
+
 def _forward(model: nn.Module, ids: Tensor, hidden: bool = False, exact: bool = False):
-    """The model's output; in bfloat16 where that is safe, `exact`: in the model's own dtype."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=not exact):
+    """The model's output; in bfloat16 where that is fast, `exact`: in the model's own dtype."""
+    with autocast(ids.device, enabled=not exact):
         extra = {"output_hidden_states": True} if hidden else {}
         return model(input_ids=ids.to(_device(model)), use_cache=False, **extra)
 

@@ -17,7 +17,7 @@ from edgelab.bundle import load_bundle, save_bundle
 from edgelab.compress import audit, compress
 from edgelab.layers import QLinear
 from edgelab.model import dequantize, quantized, weights
-from edgelab.train import _Rows, _scale_buffers, learn, learning_rate, quantization_aware
+from edgelab.train import _Rows, _scale_buffers, autocast, learn, learning_rate, quantization_aware
 
 FAMILIES = ("llama", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
@@ -33,6 +33,16 @@ def disturbed(model, by=0.02):
         for p in twin.parameters():
             p += by * torch.randn(p.shape, generator=g)
     return twin
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    x = torch.ones(2, 2)
+    with autocast("cpu"):
+        assert (x @ x).dtype == (torch.bfloat16 if fast else torch.float32)
+    with autocast("cpu", enabled=False):
+        assert (x @ x).dtype == torch.float32
 
 
 def kld(teacher, student, ids) -> float:
