@@ -12,7 +12,8 @@ from torch import nn
 
 from edgelab import AutoRound, Gptq, Quantize, QuantScheme, Recipe, load_bundle, save_bundle
 from edgelab.compress import audit, compress, plan
-from edgelab.export.onnx import ExportError, _refuse_other_arithmetic
+from edgelab.export import ExportError
+from edgelab.export.checks import refuse_other_arithmetic
 from edgelab.layers import Blank, QExperts, set_kernel
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.mixed_experts import QExpertsMixed, each, expert_of, gather
@@ -164,7 +165,7 @@ def test_bundle_round_trip(tmp_path):
     tensors = load_file(next(path.glob("*.safetensors")))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == c.coverage.predicted_bytes
     with pytest.raises(ExportError, match="experts in several schemes"):
-        _refuse_other_arithmetic(loaded)
+        refuse_other_arithmetic(loaded)
 
 
 def test_a_blank_for_each_expert_waits_for_a_state_dict():

@@ -24,8 +24,6 @@ vocabulary]; causal, without padding mask (pad on the right and ignore the padde
 import copy
 import json
 import logging
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,10 +39,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.layers import QEmbedding, QExperts, QLinear
 from edgelab.model import family_of
 from edgelab.qtensor import QTensor, pack, unpack
-from edgelab.runtime_steps import steps_of
 from edgelab.scheme import PerGroup, PerTensor
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
@@ -52,8 +50,6 @@ IR_VERSION = 10  # what opset 20 was published with; a newer number locks out ol
 EXPERTS = ("sparse", "rank")
 BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits takes no other (ONNX Runtime 1.31)
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the scheme -> bits in the file
-MIN_COSINE = 0.9999
-LENGTHS = (24, 96)
 SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; above, the weights go to a file beside
 
 
@@ -152,29 +148,6 @@ class _Opaque(nn.Module):
         return torch.onnx.ops.symbolic(
             "edgelab::Layer", (x, *more), attributes, dtype=torch.float32, shape=(*lead, self.features), version=1
         )
-
-
-def _refuse_other_arithmetic(model: nn.Module) -> None:
-    """Raises ExportError for what `MatMulNBits` as written here can't say: other codebooks, rounded inputs, adapters, run-time steps."""
-    if steps := steps_of(model):
-        raise ExportError(f"{steps[0]!r} changes how the model computes, which this target does not write; export it without")
-    for name, module in model.named_modules():
-        if getattr(module, "lora_a", None) is not None:
-            raise ExportError(f"{name} has an adapter (LoRA) beside its codes, which this target does not write; learn scales instead")
-        for parameter, s in module._stored.items() if isinstance(module, Quantized) else ():
-            where = f"{name}.{parameter}" if isinstance(module, QExperts) else name
-            if getattr(module, "is_part", False):
-                raise ExportError(f"{name}: experts in several schemes are not what this target writes; give each stack one scheme")
-            if s.scheme.codebook != "int":
-                raise ExportError(
-                    f"{where} is {s.scheme}; this target writes the symmetric codebook only, scale * (q - 2**(bits-1)). "
-                    f"Export a model compressed to a scheme such as int{s.scheme.bits}-{s.scheme.granularity}"
-                )
-            if parameter in module.acts:
-                raise ExportError(
-                    f"{where} ({s.scheme}) rounds its input to {module.acts[parameter]}, which this target does not write. Export a model "
-                    "without activations in its recipe, or take the rounding off: layer.round_input_of(parameter, None)"
-                )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, _Layer, int]]:
@@ -502,18 +475,12 @@ def export(
         raise ExportError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     if accuracy_level not in (0, 1, 4):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not one of 0, 1 (float32 activations) or 4 (int8 activations)")
-    if not isinstance(model, nn.Module):
-        from edgelab.model import load
-
-        model = load(str(model))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or not hasattr(model, "config"):
-        raise ExportError(f"{type(model).__name__} has no language-model head; export takes a causal language model of transformers")
+    model = causal_lm(model)
     out = Path(out)
     path = out if out.suffix == ".onnx" else out / "model.onnx"
     began = time.perf_counter()
 
-    _refuse_other_arithmetic(model)
+    refuse_other_arithmetic(model)
     layers = list(_layers(model))
     vocabulary = model.config.get_text_config().vocab_size
     traced = _trace(_skeleton(model, layers, experts), vocabulary)
@@ -537,22 +504,15 @@ def export(
     traced.metadata_props["edgelab"] = json.dumps({"schemes": schemes, "experts": experts, "accuracy_level": accuracy_level})
 
     weight_bytes = sum(v.const_value.nbytes for v in graph.initializers.values())
-    folder = path.parent / f"{path.name}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        beside = f"{path.name}.data" if weight_bytes >= single_file_bytes else None
-        ir.save(traced, folder / path.name, external_data=beside)
-        files = [folder / path.name, *([folder / beside] if beside else [])]
-        result = _count(model, layers, tuple(files))
+    beside = f"{path.name}.data" if weight_bytes >= single_file_bytes else None
+    places = (path, *([path.with_name(beside)] if beside else []))  # the graph last into place: where it is, its weights are
+    with whole_or_nothing(*places) as files:
+        ir.save(traced, files[0], external_data=beside)
+        result = _count(model, layers, files)
         result = replace(result, notes=_notes(layers, experts), seconds=time.perf_counter() - began)
         if check:
             result = verify(result, model)
-        for file in reversed(files):  # the graph last: where it is, its weights are
-            os.replace(file, path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return replace(result, files=tuple(path.parent / f.name for f in files), seconds=time.perf_counter() - began)
+    return replace(result, files=places, seconds=time.perf_counter() - began)
 
 
 def _version() -> str:
@@ -673,32 +633,12 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
     return sum(found.values()), found["experts"]
 
 
-@torch.no_grad()
 def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int) -> dict[str, float]:
-    """Agreement of ONNX Runtime's logits with torch's: the worst cosine and difference, the mean of the others."""
+    """Agreement of ONNX Runtime's logits with torch's."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise ExportError(f"ONNX Runtime refuses {path.name}: {str(e).strip().splitlines()[0]}") from e
-    vocabulary = model.config.get_text_config().vocab_size
-    draw = np.random.default_rng(seed)
-    cosine, worst, top, kld, tokens = 1.0, 0.0, 0.0, 0.0, 0
-    for length in lengths:
-        ids = draw.integers(0, vocabulary, (1, length))
-        theirs = session.run(["logits"], {"input_ids": ids})[0][0].astype(np.float64)
-        ours = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[0].double().numpy()
-        norms = np.linalg.norm(theirs) * np.linalg.norm(ours)
-        cosine = min(cosine, float((theirs * ours).sum() / norms) if norms and np.isfinite(norms) else -1.0)
-        worst = max(worst, float(np.abs(theirs - ours).max()))
-        p, q = _log_softmax(ours), _log_softmax(theirs)
-        kld += float((np.exp(p) * (p - q)).sum())
-        top += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        tokens += length
-    return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / tokens, "kld": kld / tokens}
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return agreement(lambda ids: session.run(["logits"], {"input_ids": ids[None]})[0][0], model, lengths, seed)

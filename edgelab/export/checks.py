@@ -1,0 +1,114 @@
+"""What every target promises, in one place: the model is one it can write, nothing half-written stays, the runtime agrees with torch."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgelab.export import ExportError
+from edgelab.layers import QExperts, Quantized
+from edgelab.runtime_steps import steps_of
+
+MIN_COSINE = 0.9999
+LENGTHS = (24, 96)
+
+
+def causal_lm(model: "nn.Module | str | Path") -> nn.Module:
+    """`model`, or the one in the directory of a bundle or a model. Raises ExportError where it is no causal language model."""
+    if not isinstance(model, nn.Module):
+        from edgelab.model import load
+
+        model = load(str(model))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(model, "config"):
+        raise ExportError(f"{type(model).__name__} has no language-model head; export takes a causal language model of transformers")
+    return model
+
+
+def refuse_other_arithmetic(model: nn.Module) -> None:
+    """Raises ExportError for what is no symmetric code, scale * (q - 2**(bits-1)), with inputs as they come: other codebooks, rounded
+    inputs, adapters, run-time steps. Today no target writes those."""
+    if steps := steps_of(model):
+        raise ExportError(f"{steps[0]!r} changes how the model computes, which this target does not write; export it without")
+    for name, module in model.named_modules():
+        if getattr(module, "lora_a", None) is not None:
+            raise ExportError(f"{name} has an adapter (LoRA) beside its codes, which this target does not write; learn scales instead")
+        for parameter, s in module._stored.items() if isinstance(module, Quantized) else ():
+            where = f"{name}.{parameter}" if isinstance(module, QExperts) else name
+            if getattr(module, "is_part", False):
+                raise ExportError(f"{name}: experts in several schemes are not what this target writes; give each stack one scheme")
+            if s.scheme.codebook != "int":
+                raise ExportError(
+                    f"{where} is {s.scheme}; this target writes the symmetric codebook only, scale * (q - 2**(bits-1)). "
+                    f"Export a model compressed to a scheme such as int{s.scheme.bits}-{s.scheme.granularity}"
+                )
+            if parameter in module.acts:
+                raise ExportError(
+                    f"{where} ({s.scheme}) rounds its input to {module.acts[parameter]}, which this target does not write. Export a model "
+                    "without activations in its recipe, or take the rounding off: layer.round_input_of(parameter, None)"
+                )
+
+
+@contextmanager
+def whole_or_nothing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """A path to write to for each of `paths` (files or folders of one parent), in a folder beside them. When the block ends well they
+    take their places, in reverse order: put first the one that stands for all. When it does not, nothing is left and what was there is
+    still there. A full disk becomes an ExportError."""
+    parent = paths[0].parent
+    work = parent / f"{paths[0].name}.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield tuple(work / p.name for p in paths)
+        for path in reversed(paths):
+            if path.is_dir():  # a folder can't be replaced by a rename
+                os.rename(path, work / f"{path.name}.old")
+            if (work / path.name).exists():
+                os.replace(work / path.name, path)
+    except OSError as e:
+        import errno
+
+        if e.errno == errno.ENOSPC:
+            raise ExportError(f"the disk of {parent} is full; nothing was left there: free some space or write elsewhere") from e
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@torch.no_grad()
+def agreement(
+    run: Callable[[np.ndarray], np.ndarray], model: nn.Module, lengths: tuple[int, ...] = LENGTHS, seed: int = 0
+) -> dict[str, float]:
+    """Agreement of a runtime with torch on random tokens: the worst cosine and difference of logits, the mean of the others.
+
+    `run`: ids int64 [T] -> logits [T, vocabulary], once for each of `lengths`. `model` computes with its own quantized layers: the
+    dequantized weights, in float32. Keys: cosine, max_abs_diff, top1_agreement, kld (nats per token, torch's distribution first).
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = np.random.default_rng(seed)
+    cosine, worst, top, kld, tokens = 1.0, 0.0, 0.0, 0.0, 0
+    for length in lengths:
+        ids = draw.integers(0, vocabulary, (1, length))
+        theirs = np.asarray(run(ids[0]), np.float64)
+        ours = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[0].double().numpy()
+        if theirs.shape != ours.shape:
+            raise ExportError(f"the runtime gives logits {theirs.shape} for {length} tokens; torch gives {ours.shape}")
+        norms = np.linalg.norm(theirs) * np.linalg.norm(ours)
+        cosine = min(cosine, float((theirs * ours).sum() / norms) if norms and np.isfinite(norms) else -1.0)
+        worst = max(worst, float(np.abs(theirs - ours).max()))
+        p, q = log_softmax(ours), log_softmax(theirs)
+        kld += float((np.exp(p) * (p - q)).sum())
+        top += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        tokens += length
+    return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / tokens, "kld": kld / tokens}
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Logarithms of the softmax over the last dimension."""
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
