@@ -176,6 +176,49 @@ def test_schemes_and_families(config, scheme, tmp_path):
     assert any("4 bits" in note for note in result.notes) == scheme.startswith("int3")
 
 
+def cached(session, ids, mask, pasts):
+    """(logits, pasts) of one step."""
+    logits, *present = session.run(None, {"input_ids": ids, "attention_mask": mask} | pasts)
+    return logits, dict(zip(pasts, present, strict=True))
+
+
+def no_past(session, batch):
+    inputs = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    return {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs}
+
+
+@pytest.mark.parametrize(
+    "config", [deepseek, lambda: qwen3(sliding_window=6, use_sliding_window=True, max_window_layers=0)], ids=["mla", "sliding"]
+)
+def test_cache_and_padding_give_what_torch_gives(config, tmp_path):
+    """Two rows of different length, padded on the left: the prompt, then token by token, far beyond the window."""
+    model = tiny(config(), "int4-g32")
+    result = export(model, tmp_path, cache=True)
+    assert result.parity["cosine"] >= 0.9999
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    assert names == ["input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"]
+    assert [o.name for o in session.get_outputs()] == ["logits", "present.0.key", "present.0.value"]
+    rows = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = np.ones((2, 20), np.int64)
+    mask[1, :4] = 0
+    logits, pasts = cached(session, rows[:, :9].numpy(), mask[:, :9], no_past(session, 2))
+    seen = [logits]
+    for t in range(9, 20):
+        logits, pasts = cached(session, rows[:, t : t + 1].numpy(), mask[:, : t + 1], pasts)
+        seen.append(logits)
+    theirs = np.concatenate(seen, 1)
+    assert pasts["past_key_values.0.key"].shape[2] == 20
+    with torch.no_grad():
+        whole = model(input_ids=rows[:1]).logits.numpy()
+        unpadded = model(input_ids=rows[1:, 4:]).logits.numpy()
+    np.testing.assert_allclose(theirs[:1], whole, atol=3e-5)
+    np.testing.assert_allclose(theirs[1:, 4:], unpadded, atol=3e-5)
+    # control: without the past the last token is another one's
+    alone, _ = cached(session, rows[:, -1:].numpy(), mask[:, -1:], no_past(session, 2))
+    assert np.abs(alone[:, 0] - theirs[:, -1]).max() > 1e-3
+
+
 def test_tied_head_shares_the_embedding_s_codes(tmp_path):
     model = tiny(qwen3(), "int4-g32")
     result = export(model, tmp_path)

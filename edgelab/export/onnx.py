@@ -18,16 +18,24 @@ pass through the tracer, and the tracing time does not depend on the number of e
                comparisons: no top-k, sort, gather-by-index or scatter, for runtimes that lack them; experts / k times the work
 
 The graph takes input_ids int64 [batch, sequence], both of any length, and gives logits float32 [batch, sequence,
-vocabulary]; causal, without padding mask (pad on the right and ignore the padded positions) and without a KV cache.
+vocabulary]; causal. Without a cache there is no padding mask (pad on the right and ignore the padded positions). With `cache=True` it
+bears the names that other tools of this format use, and one file serves the prompt and each step after it:
+
+    attention_mask            int64 [batch, past + sequence]: 0 for padding, left of a row's first token
+    past_key_values.i.key     float32 [batch, heads, past, width], and .value, of layer i; past = 0 at first
+    present.i.key             the same with the new tokens behind: [batch, heads, past + sequence, width]
+
+What is cached is what transformers caches: for DeepSeek's latent attention the compressed vector and the rotary key, one "head" each.
 """
 
 import copy
+import itertools
 import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -37,6 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 
 from edgelab.export import ExportError, ExportResult
 from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
@@ -222,12 +231,12 @@ class _ByComparison(TorchFunctionMode):
 
 
 class _Causal(nn.Module):
-    """input_ids -> logits, with the position ids and the additive mask made here: transformers' own way of making
-    masks does not trace to plain operators."""
+    """input_ids (and with a cache the mask and the past) -> logits (and the present), with the position ids and the additive mask
+    made here: transformers' own way of making masks does not trace to plain operators."""
 
-    def __init__(self, model: nn.Module, by_comparison: bool) -> None:
+    def __init__(self, model: nn.Module, by_comparison: bool, cache: bool) -> None:
         super().__init__()
-        self.model, self.by_comparison = model, by_comparison
+        self.model, self.by_comparison, self.cache = model, by_comparison, cache
         config = model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         self.kinds = sorted(set(getattr(config, "layer_types", None) or ())) or ["sliding_attention" if self.window else "full_attention"]
@@ -235,24 +244,52 @@ class _Causal(nn.Module):
         if unknown:
             raise ExportError(f"attention of kind {', '.join(sorted(unknown))} cannot be exported; full and sliding attention can")
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        at = torch.arange(input_ids.shape[1])
-        behind = at[:, None] - at[None, :]
+    def _mask(self, behind: Tensor, present: Tensor | None):
+        """What is added to the scores [.., query, key], by kind of attention; `behind`: how far back the key lies."""
         masks = {}
         for kind in self.kinds:
             seen = behind >= 0
             if kind == "sliding_attention" and self.window:
                 seen = seen & (behind < self.window)
-            masks[kind] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        call = {"input_ids": input_ids, "attention_mask": mask, "position_ids": at[None, :], "use_cache": False}
-        if not self.by_comparison:
-            return self.model(**call).logits
-        with _ByComparison():
-            return self.model(**call).logits
+            if present is not None:
+                seen = seen & present
+            masks[kind] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+            masks[kind] = masks[kind][None, None] if masks[kind].ndim == 2 else masks[kind][:, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, past: list[Tensor] = ()):
+        """`past`: key and value of each layer in turn."""
+        length = input_ids.shape[1]
+        if self.cache:
+            before = past[0].shape[2]
+            at = torch.arange(before + length)
+            mask = self._mask(at[before:, None] - at[None, :], attention_mask[:, None, :] != 0)
+            where = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, before:]
+            cache = DynamicCache()
+            for i in range(0, len(past), 2):
+                cache.update(past[i], past[i + 1], i // 2)
+            call = {"past_key_values": cache, "use_cache": True}
+        else:
+            at = torch.arange(length)
+            mask, where, call = self._mask(at[:, None] - at[None, :], None), at[None, :], {"use_cache": False}
+        with _ByComparison() if self.by_comparison else nullcontext():
+            out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=where, **call)
+        if not self.cache:
+            return out.logits
+        return out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
 
 
-def _skeleton(model: nn.Module, layers: list[tuple[nn.Module, _Layer, int]], experts: str) -> nn.Module:
+@torch.no_grad()
+def _past_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(heads, width) of key and value of each layer in turn, as transformers caches them."""
+    cache = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True).past_key_values
+    kinds = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if kinds:
+        raise ExportError(f"a cache of {', '.join(sorted(kinds))} cannot be exported; one of keys and values can: export with cache=False")
+    return [(t.shape[1], t.shape[3]) for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def _skeleton(model: nn.Module, layers: list[tuple[nn.Module, _Layer, int]], experts: str, cache: bool) -> nn.Module:
     """A copy of `model` in float32 with eager attention and `_Opaque` layers. Tensors are shared with the original."""
     memo: dict[int, object] = {id(module): _Opaque(layer, features) for module, layer, features in layers}
     for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
@@ -261,7 +298,7 @@ def _skeleton(model: nn.Module, layers: list[tuple[nn.Module, _Layer, int]], exp
     twin = copy.deepcopy(model, memo).eval()
     if hasattr(twin, "set_attn_implementation"):
         twin.set_attn_implementation("eager")
-    return _Causal(twin, experts == "rank").eval()
+    return _Causal(twin, experts == "rank", cache).eval()
 
 
 @contextmanager
@@ -280,13 +317,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _trace(skeleton: nn.Module, vocabulary: int):
-    """The skeleton as an onnx_ir.Model."""
-    ids = torch.arange(14).reshape(2, 7) % vocabulary
+def _trace(skeleton: nn.Module, vocabulary: int, past: list[tuple[int, int]]):
+    """The skeleton as an onnx_ir.Model. `past`: (heads, width) of each tensor of the cache; empty without one."""
     free = torch.export.Dim.DYNAMIC
+    inputs, shapes = [torch.arange(14).reshape(2, 7) % vocabulary], [{0: free, 1: free}]
+    if past:
+        inputs += [torch.ones((2, 12), dtype=torch.int64), [torch.zeros(2, heads, 5, width) for heads, width in past]]
+        shapes += [{0: free, 1: free}, [{0: free, 2: free}] * len(past)]
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(skeleton, (ids,), dynamic_shapes=({0: free, 1: free},), strict=False)
+            program = torch.export.export(skeleton, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
             return torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False).model
     except ExportError:
         raise
@@ -430,8 +470,9 @@ class _Writer:
         self.ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.nodes, [node.outputs[0]], [value])
 
 
-def _strip(ir, model, vocabulary: int) -> None:
-    """Take out what the tracer left for debuggers (stack traces: 15 % of a small file), and shapes that are inferred anyway."""
+def _strip(ir, model, vocabulary: int, past: list[tuple[int, int]]) -> None:
+    """Take out what the tracer left for debuggers (stack traces: 15 % of a small file), and shapes that are inferred anyway; name the
+    inputs and outputs."""
     graph = model.graph
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
@@ -440,10 +481,18 @@ def _strip(ir, model, vocabulary: int) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             value.shape = value.type = None
-    (ids,), (logits,) = graph.inputs, graph.outputs
-    ids.name, logits.name = "input_ids", "logits"
-    ids.shape, ids.type = ir.Shape(["batch", "sequence"]), ir.TensorType(ir.DataType.INT64)
-    logits.shape, logits.type = ir.Shape(["batch", "sequence", vocabulary]), ir.TensorType(ir.DataType.FLOAT)
+    integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
+    inputs = [("input_ids", ["batch", "sequence"], integers)]
+    outputs = [("logits", ["batch", "sequence", vocabulary], floats)]
+    if past:
+        inputs.append(("attention_mask", ["batch", "total"], integers))
+        for i, (heads, width) in enumerate(past):
+            which = f"{i // 2}.{('key', 'value')[i % 2]}"
+            inputs.append((f"past_key_values.{which}", ["batch", heads, "past", width], floats))
+            outputs.append((f"present.{which}", ["batch", heads, "total", width], floats))
+    for values, wanted in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, (name, shape, kind) in zip(values, wanted, strict=True):
+            value.name, value.shape, value.type = name, ir.Shape(shape), kind
 
 
 # --------------------------------------------------------------------------------------------------------- the doors
@@ -453,6 +502,7 @@ def export(
     model: "nn.Module | str | Path",
     out: str | Path,
     *,
+    cache: bool = False,
     experts: str = "sparse",
     accuracy_level: int = 1,
     check: bool = True,
@@ -460,11 +510,12 @@ def export(
 ) -> ExportResult:
     """The verified ONNX file of a causal language model, quantized by `compress` or not at all.
 
-    `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in
-    it). Quantized layers become `MatMulNBits` with the model's own codes, the rest float32. `experts`: "sparse" or "rank"
-    (see the module). `accuracy_level` is that of `MatMulNBits`: 1 computes with float32 activations, as `QLinear` does;
-    4 quantizes them to int8, faster, and about 1e-2 off: not within the parity that `check` asks for on every model.
-    `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second file, `<out>.data`.
+    `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in it).
+    `cache`: keys and values of the past are inputs and outputs, for generation. Quantized layers become `MatMulNBits` with the
+    model's own codes, the rest float32. `experts`: "sparse" or "rank" (see the module). `accuracy_level` is that of `MatMulNBits`: 1
+    computes with float32 activations, as `QLinear` does; 4 quantizes them to int8, faster, and about 1e-2 off: not within the parity
+    that `check` asks for on every model. `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second
+    file, `<out>.data`.
 
     Raises ExportError when the packages of the extra `export` are missing, when the model cannot be exported, and when
     the written file does not pass `verify`; nothing is left under `out` then.
@@ -483,9 +534,10 @@ def export(
     refuse_other_arithmetic(model)
     layers = list(_layers(model))
     vocabulary = model.config.get_text_config().vocab_size
-    traced = _trace(_skeleton(model, layers, experts), vocabulary)
+    past = _past_shapes(model) if cache else []
+    traced = _trace(_skeleton(model, layers, experts, cache), vocabulary, past)
     graph = traced.graph
-    _strip(ir, traced, vocabulary)
+    _strip(ir, traced, vocabulary, past)
     for value in list(graph.initializers.values()):  # the wrapper's name is not the reader's business
         del graph.initializers[value.name]
         value.name = value.name.removeprefix("model.")
@@ -501,7 +553,9 @@ def export(
     traced.ir_version = IR_VERSION
     traced.producer_name, traced.producer_version = "edgelab", _version()
     schemes = sorted({str(w.q.scheme) for _, w in _codes(layers)})
-    traced.metadata_props["edgelab"] = json.dumps({"schemes": schemes, "experts": experts, "accuracy_level": accuracy_level})
+    traced.metadata_props["edgelab"] = json.dumps(
+        {"schemes": schemes, "experts": experts, "accuracy_level": accuracy_level, "cache": cache}
+    )
 
     weight_bytes = sum(v.const_value.nbytes for v in graph.initializers.values())
     beside = f"{path.name}.data" if weight_bytes >= single_file_bytes else None
@@ -634,11 +688,31 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
 
 
 def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int) -> dict[str, float]:
-    """Agreement of ONNX Runtime's logits with torch's."""
+    """Agreement of ONNX Runtime's logits with torch's. A file with a cache reads half of the tokens at once, then a quarter, then one
+    by one, each time on what it remembers."""
+    session = _session(ort, path)
+    past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        if not past:
+            return session.run(["logits"], {"input_ids": ids[None]})[0][0]
+        n, logits = len(ids), []
+        state = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in past}
+        cuts = [0, n // 2, 3 * n // 4, *range(3 * n // 4 + 1, n + 1)]
+        for begin, end in itertools.pairwise(cuts):
+            given = {"input_ids": ids[None, begin:end], "attention_mask": np.ones((1, end), np.int64)}
+            out, *present = session.run(None, given | state)
+            state = dict(zip(state, present, strict=True))
+            logits.append(out[0])
+        return np.concatenate(logits)
+
+    return agreement(run, model, lengths, seed)
+
+
+def _session(ort, path: Path):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise ExportError(f"ONNX Runtime refuses {path.name}: {str(e).strip().splitlines()[0]}") from e
-    return agreement(lambda ids: session.run(["logits"], {"input_ids": ids[None]})[0][0], model, lengths, seed)
