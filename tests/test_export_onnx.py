@@ -244,6 +244,29 @@ def test_rank_needs_no_sorting_and_gives_the_same(moe, exported, tmp_path):
     assert result.parity["cosine"] >= 0.9999 and result.weights_quantized == exported.weights_quantized
 
 
+@pytest.mark.parametrize("config, scheme", [(deepseek, "int4-g32"), (qwen3_moe, "int4-g16"), (deepseek, "int3-g32")])
+def test_one_node_for_a_whole_stack(config, scheme, tmp_path):
+    model = tiny(config(), scheme)
+    result = export(model, tmp_path, experts="qmoe")
+    assert result.parity["cosine"] >= 0.9999 and result.expert_share == 1.0
+    assert operators(tmp_path / "model.onnx").count("QMoE") == 1 and "NonZero" not in operators(tmp_path / "model.onnx")
+    file = onnx.load(tmp_path / "model.onnx")
+    codes = next(t for t in file.graph.initializer if t.name.endswith("gate_up.codes"))
+    raw = bytearray(codes.raw_data)
+    raw[5] ^= 1
+    codes.raw_data = bytes(raw)
+    onnx.save(file, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=r"gate_up\.0 .*the codes in the file are not the model's"):
+        verify(result, model)
+
+
+@pytest.mark.parametrize("scheme, says", [("int4-row", "wants groups"), ("int8-g32", "rounds the activations"), (None, "not quantized")])
+def test_a_stack_that_one_node_can_t_take(scheme, says, tmp_path):
+    with pytest.raises(ExportError, match=says):
+        export(tiny(deepseek(), scheme), tmp_path, experts="qmoe")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.down.5", "lm_head", "model.embed_tokens"])
 def test_verify_detects_one_changed_code_or_scale(moe, exported, tmp_path, name):
     def flip(array):

@@ -16,6 +16,9 @@ pass through the tracer, and the tracing time does not depend on the number of e
     "sparse"   per expert: the tokens routed to it are gathered, computed, weighted and added back; the others cost nothing
     "rank"     every expert computes every token, masked by the router's weights, and top-k is done by counting
                comparisons: no top-k, sort, gather-by-index or scatter, for runtimes that lack them; experts / k times the work
+    "qmoe"     one `QMoE` node for the whole stack, which reads the same codes, rows of gate and up in turn: fewer nodes, where the
+               runtime has this operator (ONNX Runtime on processors, in the browser too). Our router stays: its weights are scattered
+               to [tokens, experts] and given as `router_weights`
 
 The graph takes input_ids int64 [batch, sequence], both of any length, and gives logits float32 [batch, sequence,
 vocabulary]; causal. Without a cache there is no padding mask (pad on the right and ignore the padded positions). With `cache=True` it
@@ -56,8 +59,9 @@ from edgelab.scheme import PerGroup, PerTensor
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 IR_VERSION = 10  # what opset 20 was published with; a newer number locks out older runtimes for nothing
-EXPERTS = ("sparse", "rank")
+EXPERTS = ("sparse", "rank", "qmoe")
 BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits takes no other (ONNX Runtime 1.31)
+_SILU = ("SiLU", "SiLUActivation", "silu", "swish")
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the scheme -> bits in the file
 SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; above, the weights go to a file beside
 
@@ -143,6 +147,36 @@ class _Layer:
     interleaved: bool = False
 
 
+def _in_turn(rows: np.ndarray) -> np.ndarray:
+    """[experts, rows, ...] with the first and the second half of the rows in turn: gate 0, up 0, gate 1, ..."""
+    n, both = rows.shape[:2]
+    return rows.reshape(n, 2, both // 2, *rows.shape[2:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _apart(rows: np.ndarray) -> np.ndarray:
+    """The inverse of `_in_turn`."""
+    n, both = rows.shape[:2]
+    return rows.reshape(n, both // 2, 2, *rows.shape[2:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _fusible(layer: _Layer) -> _Blocks:
+    """One weight of a stack that `QMoE` can take. Raises ExportError for one it can't."""
+    weights = list(layer.weights.values())
+    way_out = 'export with experts="sparse"'
+    if not all(isinstance(w, _Blocks) for w in weights):
+        raise ExportError(f"{layer.name} is not quantized, and QMoE multiplies with codes; {way_out}")
+    kinds = {(w.bits, w.block, w.repeat, w.q.shape[1] % w.block) for w in weights}
+    if len(kinds) > 1 or weights[0].repeat > 1 or weights[0].q.shape[1] % weights[0].block:
+        said = " and ".join(sorted({str(w.q.scheme) for w in weights}))
+        raise ExportError(f"{layer.name} is {said}; QMoE wants groups of 16, 32, 64, 128 or 256, the same in the whole stack; {way_out}")
+    if weights[0].bits == 8:
+        raise ExportError(f"{layer.name} has 8 bits, for which QMoE rounds the activations to int8 whatever it is told; {way_out}")
+    act = getattr(layer.source, "act_fn", None)
+    if not layer.interleaved and (getattr(act, "__name__", None) or type(act).__name__) not in _SILU:
+        raise ExportError(f"{layer.name} has {type(act).__name__} between its products; QMoE as written here has SiLU; {way_out}")
+    return weights[0]
+
+
 class _Opaque(nn.Module):
     """Stands for a layer while the skeleton is traced: one node of the domain `edgelab` that bears the layer's name."""
 
@@ -153,7 +187,7 @@ class _Opaque(nn.Module):
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         """`x` is [..., in], or ids [...] for an embedding; experts also get their top-k indices and weights."""
         lead = x.shape[:-1] if x.is_floating_point() else x.shape
-        attributes = {"layer": self.layer}
+        attributes = {"layer": self.layer} | ({"k": more[0].shape[-1]} if more else {})
         return torch.onnx.ops.symbolic(
             "edgelab::Layer", (x, *more), attributes, dtype=torch.float32, shape=(*lead, self.features), version=1
         )
@@ -409,7 +443,7 @@ class _Writer:
     def activation(self, x, fn: Callable):
         kind = getattr(fn, "__name__", None) or type(fn).__name__
         match kind:
-            case "SiLU" | "SiLUActivation" | "silu" | "swish":
+            case _ if kind in _SILU:
                 return self.op("Mul", x, self.op("Sigmoid", x))
             case "GELUActivation" | "GELU" | "gelu":
                 return self.op("Gelu", x, approximate=getattr(fn, "approximate", "none"))
@@ -436,6 +470,34 @@ class _Writer:
             gate, up = self.ops("Split", wide, outputs=2, axis=-1, num_outputs=2)
             inner = self.op("Mul", self.activation(gate, layer.source.act_fn), up)
         return self.product(inner, layer, f"down.{e}")
+
+    def stack(self, layer: _Layer, part: str, what: str, of_one: Callable[[str], np.ndarray]):
+        """The initializer [experts, rows, ...] of an array of each expert's `part`; gate's and up's rows in turn."""
+        each = np.stack([of_one(f"{part}.{e}") for e in range(layer.num_experts)])
+        if part == "gate_up" and not layer.interleaved:
+            each = _in_turn(each)
+        return self.constant(np.ascontiguousarray(each), f"{layer.name}.{part}.{what}")
+
+    def fused(self, x, index, weight, layer: _Layer, k: int):
+        """What `experts` gives, by one QMoE node: the router's weights are spread over all experts, and zeros are not chosen."""
+        one = _fusible(layer)
+        rows = self.op("Slice", self.op("Shape", x), self.integers(0), self.integers(1))
+        zeros = self.op("ConstantOfShape", self.op("Concat", rows, self.integers(layer.num_experts), axis=0))
+        spread = self.op("ScatterElements", zeros, index, weight, axis=1)
+        inputs = [x, spread]
+        for part in ("gate_up", "down"):
+            codes = self.stack(layer, part, "codes", lambda p: layer.weights[p].codes().reshape(layer.weights[p].q.shape[0], -1))
+            scales = self.stack(layer, part, "scales", lambda p: layer.weights[p].q.scales)
+            biased = f"{part}.0" in layer.biases
+            bias = self.stack(layer, part, "bias", lambda p: layer.biases[p].float().numpy()) if biased else None
+            inputs += [codes, self.op("Cast", scales, to=self.ir.DataType.FLOAT), bias]
+        settings = {"k": k, "expert_weight_bits": one.bits, "block_size": one.block, "activation_type": "swiglu", "swiglu_fusion": 1}
+        settings |= {"activation_alpha": 1.0, "activation_beta": 0.0}
+        if layer.interleaved:  # gpt-oss
+            settings |= {"activation_alpha": layer.source.alpha, "activation_beta": 1.0, "swiglu_limit": layer.source.limit}
+        if self.accuracy_level == 4:  # younger than the operator: written where it says something
+            settings["accuracy_level"] = 4
+        return self.op("QMoE", *inputs, *[None] * 6, spread, domain="com.microsoft", **settings)
 
     def experts(self, x, index, weight, layer: _Layer):
         """[tokens, hidden] from x [tokens, hidden], index and weight [tokens, k]."""
@@ -465,6 +527,8 @@ class _Writer:
                 value = self.product(inputs[0], layer, "weight")
             case "embedding":
                 value = self.embedding(inputs[0], layer)
+            case _ if self.experts_as == "qmoe":
+                value = self.fused(*inputs, layer, node.attributes["k"].as_int())
             case _:
                 value = self.experts(*inputs, layer)
         self.ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.nodes, [node.outputs[0]], [value])
@@ -512,7 +576,7 @@ def export(
 
     `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in it).
     `cache`: keys and values of the past are inputs and outputs, for generation. Quantized layers become `MatMulNBits` with the
-    model's own codes, the rest float32. `experts`: "sparse" or "rank" (see the module). `accuracy_level` is that of `MatMulNBits`: 1
+    model's own codes, the rest float32. `experts`: "sparse", "rank" or "qmoe" (see the module). `accuracy_level` is `MatMulNBits`': 1
     computes with float32 activations, as `QLinear` does; 4 quantizes them to int8, faster, and about 1e-2 off: not within the parity
     that `check` asks for on every model. `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second
     file, `<out>.data`.
@@ -589,7 +653,8 @@ def _notes(layers: list[tuple[nn.Module, _Layer, int]], experts: str) -> tuple[s
         more = sum(w.nbytes - w.q.nbytes for w in widened)
         notes.append(f"{len(widened)} weights of 3 bits are stored as 4 bits, the same values: {more:,} bytes more than their codes need")
     if any(layer.kind == "experts" for _, layer, _ in layers):
-        notes.append(f"experts written {'per routed token' if experts == 'sparse' else 'for all tokens, top-k by comparisons'} ({experts})")
+        how = {"sparse": "per routed token", "rank": "for all tokens, top-k by comparisons", "qmoe": "as one node per stack"}
+        notes.append(f"experts written {how[experts]} ({experts})")
     return tuple(notes)
 
 
@@ -655,8 +720,11 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
             name = makers[name].input[0]
         return name
 
+    arrays = {name: onnx.numpy_helper.to_array(t) for name, t in stored.items() if name.endswith(("codes", ".scales"))}
     readers: dict[str, list] = {}
     for node in graph.node:
+        if node.op_type == "QMoE":
+            _unfuse(node, origin, arrays, readers, layers)
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             at = 1 if node.op_type == "MatMulNBits" else 0
             settings = {a.name: a.i for a in node.attribute}
@@ -669,22 +737,42 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
             raise ExportError(f"{where}: no MatMulNBits or GatherBlockQuantized node reads its codes")
         for name in names:
             for op_type, scales, settings in readers[name]:
-                right = {"bits": w.bits, "block_size": w.block} | ({"K": n, "N": out} if op_type == "MatMulNBits" else {})
+                right = {"bits": w.bits, "block_size": w.block} | ({"K": n, "N": out} if op_type != "GatherBlockQuantized" else {})
                 wrong = {k: settings.get(k) for k, v in right.items() if settings.get(k) != v}
                 if wrong or scales != f"{w.name}.scales":
                     raise ExportError(f"{where}: its {op_type} node has {wrong or scales}; {right} was written")
-            codes = onnx.numpy_helper.to_array(stored[name])
+            codes = arrays[name]
             if name.endswith(".gather_codes"):
                 same = np.array_equal(unpack(codes[:, 0], w.bits, n), w.q.codes() + np.uint8(2 ** (w.bits - 1) - w.q.scheme.zero_point))
             else:
                 same = codes.nbytes == w.code_bytes and np.array_equal(w.restored(codes), w.q.codes())
             if not same:
                 raise ExportError(f"{where}: the codes in the file are not the model's")
-        scales = onnx.numpy_helper.to_array(stored[f"{w.name}.scales"])
+        scales = arrays[f"{w.name}.scales"]
         if scales.dtype != np.float16 or not np.array_equal(scales.view(np.uint16), w.q.scales.view(np.uint16)):
             raise ExportError(f"{where}: the scales in the file are not the model's")
         found[kind] += out * n
     return sum(found.values()), found["experts"]
+
+
+def _unfuse(node, origin: Callable, arrays: dict, readers: dict, layers: list[tuple[nn.Module, _Layer, int]]) -> None:
+    """Enter what a QMoE node reads under the names of its experts' weights, as if each had a MatMulNBits node of its own."""
+    given = {a.name: a.i for a in node.attribute}
+    stacks = {layer.name: layer for _, layer, _ in layers if layer.kind == "experts"}
+    for part, at in (("gate_up", 2), ("down", 5)):
+        codes, scales = origin(node.input[at]), origin(node.input[at + 1])
+        layer = stacks.get(codes.removesuffix(f".{part}.codes"))
+        if layer is None or scales != f"{layer.name}.{part}.scales":
+            raise ExportError(f"a QMoE node reads {codes} and {scales}, which are of no stack of this model")
+        both = [arrays[codes], arrays[scales]]
+        if part == "gate_up" and not layer.interleaved:
+            both = [_apart(a) for a in both]
+        for e, (c, s) in enumerate(zip(*both, strict=True)):
+            name = f"{layer.name}.{part}.{e}"
+            settings = {"bits": given["expert_weight_bits"], "block_size": given["block_size"]}
+            n = c.shape[1] * 8 // settings["bits"]
+            arrays[f"{name}.codes"], arrays[f"{name}.scales"] = c, s
+            readers.setdefault(f"{name}.codes", []).append(("QMoE", f"{name}.scales", settings | {"K": n, "N": len(c)}))
 
 
 def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int) -> dict[str, float]:
