@@ -378,7 +378,7 @@ def walk(
     """
     if isinstance(want, str) or set(want) - set(WANT):
         raise ValueError(f"want={want!r} must be a list of some of {', '.join(WANT)}")
-    batches = _checked(model, batches)
+    batches = checked_batches(model, batches)
     chain = decoder_blocks(model) if blocks else []
     settings = (tuple(want), all_tokens, collect, progress, only)
     if not chain:
@@ -457,7 +457,7 @@ def _walk_whole(model, batches, want, all_tokens, collect, progress, only) -> It
     item._release()
 
 
-def _checked(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+def checked_batches(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs text; data.calibration_batches makes batches of a data set")
@@ -766,7 +766,7 @@ def calibrate(
     the same model, batches and settings takes what is there and computes the rest; what belongs to others is replaced.
     Errors as in `walk`.
     """
-    batches = _checked(model, batches)
+    batches = checked_batches(model, batches)
     tokens = sum(ids.numel() for ids in batches)
     settings = {"want": want, "all_tokens": all_tokens, "blocks": blocks, "progress": progress, "sequential": False}
     readers: dict[str, Callable[[], InputStats]] = {}

@@ -157,8 +157,10 @@ def _recipe(
         return Recipe.uniform(scheme, method=method or "rtn", activations=activations, budget=budget)
     if method or activations or budget:
         raise ValueError("--method, --activations and --budget go with --scheme; a recipe names its own")
-    if str(file) == "phone" and not file.exists():
+    if str(file) == "phone" and not file.is_file():
         return Recipe.phone()
+    if not file.is_file():
+        raise ValueError(f"--recipe {file}: there is no such file; `phone` is the only recipe with a name")
     try:
         return Recipe.from_json(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -448,7 +450,7 @@ def compress(
     tokens: CalibrationTokens = 65_536,
     training_tokens: Annotated[
         int, typer.Option("--training-tokens", help="At most so many tokens of the training split, for steps that learn.", min=1)
-    ] = 2_000_000,
+    ] = 4_000_000,
     work: Annotated[
         Path | None,
         typer.Option("--work", help="Folder for checkpoints of steps that learn; given again, they go on from there. Default: OUT.work"),
@@ -464,12 +466,17 @@ def compress(
     threads: Threads = 0,
     force: Force = False,
 ) -> None:
-    """Store MODEL's weights in low bits and write a bundle that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Make MODEL smaller and write a bundle that `AutoModelForCausalLM.from_pretrained` loads.
+
+    --scheme stores its weights in low bits. --recipe does all that a recipe can say: experts, channels, heads or layers taken out, zeros,
+    distillation, learning with rounding, other routing.
+    """
     chosen = _recipe(recipe, scheme, method, activations, budget)
     _may_write(out, force, ours="edgelab.json", models=(model,))
     _local_only(model, *([] if data is None else [data]))
     from edgelab.bundle import save_bundle, verify_bundle
     from edgelab.compress import compress as run
+    from edgelab.compress import plan
     from edgelab.model import load
 
     n_threads = _threads(threads)
@@ -483,6 +490,7 @@ def compress(
         out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
         return
     loaded, calibration = load(model), None
+    plan(loaded, chosen)  # before the corpus is read, which takes longer
     training, folder = None, work or out.with_name(out.name + ".work")
     if not chosen.data_free:
         calibration = _calibration(tokenizer, model, data, tokens, _context([loaded], None))

@@ -10,7 +10,7 @@ plus the codes; a recipe that does anything before it rounds copies all of it.
 import copy
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgelab.blocks import calibrate
+from edgelab.blocks import calibrate, checked_batches
 from edgelab.expert_steps import shrink_experts
 from edgelab.fit import fit
 from edgelab.layers import Quantized
@@ -54,7 +54,7 @@ from edgelab.recipe import (
     Structure,
     matches,
 )
-from edgelab.runtime_steps import apply, restore, steps_of
+from edgelab.runtime_steps import apply, restore, steps_of, try_on
 from edgelab.scheme import QuantScheme
 from edgelab.sensitivity import sensitivity
 from edgelab.sparsify import prune
@@ -62,6 +62,7 @@ from edgelab.structure import shrink
 from edgelab.train import learn, quantization_aware
 from edgelab.transforms import awq, rotate, smooth
 
+_PRUNED = 0.2  # a share of exact zeros that no training leaves by chance
 _BUDGET_TOKENS = 16_384  # of the calibration set, for the estimate of what each weight loses
 _EXPECTED_SHARE = 0.9  # of the matrices' parameters, below which a rule for all ("*") is answered with a warning
 
@@ -118,15 +119,22 @@ def compress(
         raise ValueError(f"this {type(model).__name__} is quantized already; compress the floating-point model it came from")
     steps = plan(model, recipe)
     _check_data(recipe, calibration, training)
+    for given in (calibration, training):
+        if given is not None and any(isinstance(s, Structure | RunTime | Learning) for s in recipe.steps):
+            checked_batches(model, given)
+    sparse = zeros(model)
     if inplace and recipe.learns and teacher is None:
         raise ValueError("inplace=True changes the model that a learning step would learn from; pass teacher=, or inplace=False")
     # weights that learn or are transformed before they are rounded must be the copy's own
     rounds_only = all(isinstance(step, Quantize) and not isinstance(step.method, Qat) for step in recipe.steps)
     replaced = {expert_of(name)[0] for schemes in steps for name in schemes} if rounds_only else set()
     result, teacher = model if inplace else _copy(model, replaced), model if teacher is None else teacher
-    parameters, remarks = sum(p.numel() for p in model.parameters()), []
+    parameters = given_count = sum(p.numel() for p in model.parameters())
+    remarks: list[str] = []
+    if sparse and (recipe.learns or any(isinstance(s, Quantize) for s in recipe.steps)):
+        remarks.append(f"up to {max(sparse.values()):.0%} of a weight is zero already ({next(iter(sparse))}): what is zero stays zero")
     for i, step in enumerate(recipe.steps):
-        pruned = any(isinstance(s, Prune) for s in recipe.steps[:i])
+        pruned = bool(sparse) or any(isinstance(s, Prune) for s in recipe.steps[:i])
         match step:
             case Quantize():
                 schemes = steps[i] if rounds_only else _plan_quantize(result, weights(result), step)
@@ -163,6 +171,8 @@ def compress(
 
         adopt(result)
     coverage = audit(result)
+    if any(isinstance(s, Structure) for s in recipe.steps):
+        remarks.append(f"{coverage.parameters:,} of {given_count:,} parameters are left ({coverage.parameters / given_count:.1%})")
     if coverage.parameters != parameters:
         raise AssertionError(
             f"the audit counts {coverage.parameters:,}, the model had {parameters:,} parameters: a tie was lost; please report it"
@@ -184,8 +194,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
     or half an expert module selected, a weight selected by two steps, a step that selects nothing, NaN in a parameter, an
     order that makes no sense (`_check_order`), a codebook that the method can't fit, a structure that the model does not have.
     """
-    shadow = _meta_copy(model) if any(isinstance(s, Structure | Prune) for s in recipe.steps) else model
-    every = weights(shadow)
+    shadow = _meta_copy(model) if any(isinstance(s, Structure | Prune | RunTime) for s in recipe.steps) else model
+    every, pruned = weights(shadow), bool(zeros(model))
     taken: set[str] = set()
     steps = []
     for i, step in enumerate(recipe.steps):
@@ -194,7 +204,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
         match step:
             case Quantize():
                 schemes = _plan_quantize(shadow, every, step)
-                if any(isinstance(s, Prune) for s in recipe.steps[:i]):
+                if pruned:
                     _check_keeps_zeros(step, schemes)
             case DropExperts() | MergeExperts():
                 shrink_experts(shadow, step, None, progress=False)
@@ -204,8 +214,11 @@ def plan(model: nn.Module, recipe: Recipe) -> list[dict[str, QuantScheme]]:
                 every = weights(shadow)
             case Prune():
                 prune(shadow, step, None, progress=False)
-            case _ if isinstance(step, Smooth | Rotate | Learning | RunTime):
-                pass
+                pruned = True
+            case Route() | SkipChannels() | SparseAttention() | EarlyExit():
+                try_on(shadow, step)
+            case _ if isinstance(step, Smooth | Rotate | Learning):
+                _check_scales_learn(step, steps)
             case _:
                 raise TypeError(f"{step!r} is not a step that compress knows")
         stacks = {expert_of(name)[0] for name in schemes}
@@ -234,6 +247,8 @@ def _check_order(step: Step, before: Sequence[Step]) -> None:
         raise ValueError(f"{step!r} comes after a Quantize step, but changes floating-point weights, not packed codes: put it first")
     if isinstance(step, Rotate) and (other := earlier(Prune)):
         raise ValueError(f"{step!r} mixes channels and would fill the zeros of {other!r}: put Rotate first")
+    if isinstance(step, PruneChannels | PruneHeads | MergeExperts) and (other := earlier(Prune)):
+        raise ValueError(f"{step!r} writes weights anew and would fill the zeros of {other!r}: put Prune behind it")
     if isinstance(step, Structure) and (other := earlier(RunTime)):
         raise ValueError(f"{step!r} changes the shape of a model that {other!r} already computes in its own way: put it first")
     if not isinstance(step, RunTime) and (other := earlier(EarlyExit)):
@@ -249,6 +264,26 @@ def _check_order(step: Step, before: Sequence[Step]) -> None:
                 f"{type(step).__name__}(train='all') comes after a Quantize step, whose codes don't learn: use train='scales' or 'lora', "
                 "or put it before (learning with rounding in the loop is Quantize(rules, method=Qat()))"
             )
+
+
+def _check_scales_learn(step: Step, before: Sequence[Mapping[str, QuantScheme]]) -> None:
+    """Raises ValueError when a learning step wants scales to learn that can't."""
+    if isinstance(step, Learning) and step.train == "scales":
+        for name, scheme in ((n, s) for schemes in before for n, s in schemes.items()):
+            if scheme.codebook == "mxfp":
+                raise ValueError(f"{name}: the scales of {scheme} are powers of two and can't learn; use train='lora' or 'norms'")
+
+
+def zeros(model: nn.Module) -> dict[str, float]:
+    """{weight: its share of exact zeros} of those linear weights and expert stacks of which a fifth and more is zero: a model that was
+    pruned before, whose zeros must stay."""
+    found = {}
+    for w in weights(model):
+        if w.kind in ("linear", "experts") and not w.tied_to and not w.tensor.is_meta:
+            share = float((w.tensor == 0).float().mean())
+            if share >= _PRUNED:
+                found[w.name] = share
+    return found
 
 
 def _check_keeps_zeros(step: Quantize, schemes: dict[str, QuantScheme]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from edgelab import data
-from edgelab.blocks import _checked, _forward, _quiet
+from edgelab.blocks import _forward, _quiet, checked_batches
 from edgelab.evaluate import routers
 from edgelab.layers import gated
 from edgelab.model import ExpertLayout, family_of, glu_settings
@@ -122,7 +122,7 @@ def expert_stats(model: nn.Module, batches: Sequence[Tensor], *, all_tokens: boo
     `all_tokens`: also send every token to every expert, for `mean_output`. Raises ValueError for a model without experts or of a
     family whose experts' layout is not known, FloatingPointError when logits or outputs are NaN or infinite.
     """
-    places, batches = mixtures(model), _checked(model, batches)
+    places, batches = mixtures(model), checked_batches(model, batches)
     layout = family_of(model).experts
     found: dict[str, ExpertStats] = {}
     logits: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgelab.blocks import _checked, _forward, _inner, _quiet
+from edgelab.blocks import _forward, _inner, _quiet, checked_batches
 from edgelab.evaluate import routers
 from edgelab.expert_stats import ExpertStats, expert_stats, mixtures, output_of, routed
 from edgelab.methods.experts import around_dominant, average_linkage, averaged, deal, least, lost, subset
@@ -51,7 +51,7 @@ def shrink_experts(
         if n < top_k:
             raise ValueError(
                 f"share={step.share} leaves {n} of {total[name]} experts in {name}, but a token chooses {top_k}: "
-                f"at most share={(total[name] - top_k) / total[name]:g}, or Route(top_k=...) first"
+                f"at most share={(total[name] - top_k) / total[name]:g}"
             )
     if next(model.parameters()).is_meta:
         keep_experts(model, {name: range(n) for name, n in stay.items()})
@@ -84,14 +84,9 @@ def _listed(kept: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"{name.rpartition('.')[0]}: {', '.join(map(str, experts))}" for name, experts in kept.items())
 
 
-def drop(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Leaves `model` only the experts `kept` {router: experts}, as many in every layer: `surgery.keep_experts`."""
-    keep_experts(model, kept)
-
-
 def _rebuilding(model: nn.Module, places: Mapping[str, str], stay: Mapping[str, int], batches) -> tuple[dict[str, list[int]], bool]:
     """{router: the experts whose mixture is nearest to that of all}, and whether all subsets of all layers were tried."""
-    layout, batches = family_of(model).experts, _checked(model, batches)
+    layout, batches = family_of(model).experts, checked_batches(model, batches)
     total = sum(ids.numel() for ids in batches)
     widest = max(model.get_submodule(name).weight.shape[0] for name in places)
     rows = torch.linspace(0, total - 1, min(total, _SAMPLE, max(1, _GRAM_BYTES // (4 * widest**2)))).round().long().unique()
@@ -141,20 +136,24 @@ def _rebuilding(model: nn.Module, places: Mapping[str, str], stay: Mapping[str, 
 
 def _merge(model: nn.Module, step: MergeExperts, stay: Mapping[str, int], batches, progress: bool) -> list[str]:
     stats = expert_stats(model, batches, all_tokens=step.method == "outputs", progress=progress)
-    clusters = {name: _clusters(s, step.method, stay[name]) for name, s in stats.items()}
+    clusters = {name: clustered(s, step.method, stay[name]) for name, s in stats.items()}
     merge(model, clusters, {name: s.counts for name, s in stats.items()})
     told = "; ".join(f"{n.rpartition('.')[0]}: " + " ".join("+".join(map(str, c)) for c in found) for n, found in clusters.items())
     return [f"experts merged by {step.method}: {told}"]
 
 
-def _clusters(stats: ExpertStats, method: str, count: int) -> list[list[int]]:
+def clustered(stats: ExpertStats, method: str, count: int) -> list[list[int]]:
+    """The experts of one mixture in `count` clusters: by "outputs" or "router", as `MergeExperts` says."""
     return average_linkage(stats.mean_output, count) if method == "outputs" else around_dominant(stats.likeness, stats.counts, count)
 
 
-def merge(model: nn.Module, clusters: Mapping[str, Sequence[Sequence[int]]], used: Mapping[str, Tensor]) -> None:
+def merge(model: nn.Module, clusters: Mapping[str, Sequence[Sequence[int]]], used: Mapping[str, Tensor], *, all_rows: bool = False) -> None:
     """Makes one expert of each cluster {router: [[experts], ...]} of `model`, in place; `used` {router: [E]} weighs its members.
 
-    The most used member of a cluster gives its row of the router, its biases and the order of inner neurons.
+    The most used member of a cluster gives its row of the router, its biases and the order of inner neurons; the other rows go, so
+    that what remains is an ordinary, smaller mixture. `all_rows`: every row of the router stays and leads to its cluster's expert, as
+    in the papers. That loses less; no ordinary checkpoint can say that rows share an expert, so here it is stored once per row, and
+    serves to measure what the rows are worth.
     """
     layout, places, kept = family_of(model).experts, mixtures(model), {}
     for name, groups in clusters.items():
@@ -168,11 +167,13 @@ def merge(model: nn.Module, clusters: Mapping[str, Sequence[Sequence[int]]], use
         parted = gate_up.unflatten(1, (inner, 2)).transpose(1, 2) if layout.interleaved else gate_up.unflatten(1, (2, inner))
         new = [averaged(parted, down, group, used[name]) for group in groups]
         with torch.no_grad():
-            for head, first, second in new:
-                gate_up[head].copy_((first.transpose(0, 1) if layout.interleaved else first).reshape(gate_up.shape[1:]))
-                down[head].copy_(second)
+            for group, (head, first, second) in zip(groups, new, strict=True):
+                for e in group if all_rows else [head]:
+                    gate_up[e].copy_((first.transpose(0, 1) if layout.interleaved else first).reshape(gate_up.shape[1:]))
+                    down[e].copy_(second)
         kept[name] = sorted(head for head, _, _ in new)
-    keep_experts(model, kept)
+    if not all_rows:
+        keep_experts(model, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------- mask
@@ -356,7 +357,7 @@ def _importance(model: nn.Module, places: Mapping[str, str], batches: Sequence[T
     handles = [model.get_submodule(place).register_forward_pre_hook(hook(name), with_kwargs=True) for name, place in places.items()]
     try:
         with _quiet(model):
-            for ids in _checked(model, batches):
+            for ids in checked_batches(model, batches):
                 _forward(model, ids)
     finally:
         for h in handles:

@@ -19,7 +19,9 @@ import hashlib
 import json
 import operator
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import get_args
@@ -70,7 +72,7 @@ _SETTINGS: dict[str, tuple[tuple[str, type, float | None, float | None], ...]] =
     "Rotate": (_SEED,),
     "DropExperts": (("share", float, 0, 1), _SEED),
     "MergeExperts": (("share", float, 0, 1),),
-    "PruneChannels": (("share", float, 0, 1), _SEED),
+    "PruneChannels": (("share", float, 0, 1), ("multiple", int, 1, None), _SEED),
     "PruneHeads": (("share", float, 0, 1), _SEED),
     "DropLayers": (("count", int, 1, None),),
     "Prune": (("sparsity", float, 0, 1), ("damping", float, 0, None)),
@@ -115,6 +117,8 @@ def _check_settings(step) -> None:
         if value is None or (least is not None and value < least) or (top is not None and not value <= top):
             low = "above 0" if least == _ABOVE_0 else f"of at least {least}"
             within = low if most is None else f"{low} and at most {most}"
+            if name in ("share", "sparsity") and isinstance(value, Real) and 1 < value <= 100:
+                within += f" (a share, not per cent: {value / 100:g}?)"
             rule = {bool: "True or False", int: f"a whole number {within}", float: f"a number {within}"}[kind]
             raise ValueError(f"{name}={given!r} of {type(step).__name__} must be {rule}")
         object.__setattr__(step, name, kind(value))
@@ -351,7 +355,9 @@ class Quantize:
         try:
             rules = tuple((p, None if s is None else QuantScheme.parse(s)) for p, s in d["rules"])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"rules {d['rules']!r} of a quantize step can't be read: {error}") from error
+            raise ValueError(
+                f"rules {d['rules']!r} of a quantize step can't be read ({error}); write pairs: [['*', 'int4-g32']]"
+            ) from error
         return cls(rules, **{k: v for k, v in d.items() if k not in ("step", "rules")})
 
 
@@ -360,9 +366,10 @@ def _plain_dict(step) -> dict:
     return {"step": _name_of(type(step)), **asdict(step)}
 
 
-def _name_of(cls: type) -> str:
+def _name_of(cls: type | str) -> str:
     """`DropExperts` -> "drop_experts"."""
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
+    name = cls if isinstance(cls, str) else cls.__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 @dataclass(frozen=True)
@@ -434,7 +441,8 @@ class MergeExperts:
 
     `method`: "outputs" clusters by mean output on the calibration data, average linkage (HC-SMoE, arXiv 2410.08589);
     "router" groups around the most used experts by the likeness of router logits (M-SMoE, arXiv 2310.01334). The members of
-    a cluster are one expert afterwards; the router keeps the row of the one that was used most.
+    a cluster are one expert afterwards. Unlike in those papers, whose routers keep every row, the router keeps only the row of the
+    member that was used most: the result is an ordinary mixture that any runtime loads, and loses more (`expert_steps.merge`).
     """
 
     share: float = 0.5
@@ -463,8 +471,6 @@ class PruneChannels:
     def __post_init__(self) -> None:
         _check_settings(self)
         _one_of(self, "method", ("activation", "magnitude", "random"))
-        if not isinstance(self.multiple, int) or isinstance(self.multiple, bool) or self.multiple < 1:
-            raise ValueError(f"multiple={self.multiple!r} of PruneChannels must be a whole number of at least 1")
 
     @property
     def data_free(self) -> bool:
@@ -536,11 +542,15 @@ class Prune:
         _check_settings(self)
         _one_of(self, "method", ("magnitude", "wanda", "sparsegpt"))
         _one_of(self, "schedule", ("uniform", "global", "sensitivity"))
+        if not isinstance(self.select, str | Iterable):
+            raise ValueError(f"select={self.select!r} of Prune is no pattern; give some such as '@mlp' or '*.down_proj'")
         object.__setattr__(self, "select", tuple((self.select,) if isinstance(self.select, str) else self.select))
         if self.pattern != "unstructured":
             n, _, m = str(self.pattern).partition(":")
             if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
                 raise ValueError(f"pattern={self.pattern!r} of Prune is not known; use 'unstructured', or 'n:m' such as '2:4'")
+            if self.sparsity not in (0.5, 1 - int(n) / int(m)):  # 0.5: nothing was said
+                raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which is {1 - int(n) / int(m):g}")
             if self.schedule != "uniform":
                 raise ValueError(f"pattern={self.pattern!r} leaves as many weights everywhere; schedule={self.schedule!r} has no choice")
             object.__setattr__(self, "sparsity", 1 - int(n) / int(m))
@@ -590,8 +600,11 @@ class Route:
     def __post_init__(self) -> None:
         if (self.top_k, self.top_p, self.skip) == (None, None, None):
             raise ValueError("Route() changes nothing; give top_k, top_p or skip")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k={self.top_k!r} of Route must be a whole number of at least 1")
+        if self.top_k is not None:
+            top_k = _as(int, self.top_k)
+            if top_k is None or top_k < 1:
+                raise ValueError(f"top_k={self.top_k!r} of Route must be a whole number of at least 1")
+            object.__setattr__(self, "top_k", top_k)
         for field in ("top_p", "skip"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1):
@@ -721,7 +734,7 @@ def _refuse_unknown(cls: type, d: dict) -> None:
     known = [f.name for f in fields(cls)]
     unknown = set(d) - {"step", *known}
     if unknown:
-        raise ValueError(f"a {cls.__name__.lower()} step has no setting {sorted(unknown)[0]!r}; it has {', '.join(known)}")
+        raise ValueError(f"a {_name_of(cls)} step has no setting {sorted(unknown)[0]!r}; it has {', '.join(known)}")
 
 
 def _plain_step(cls: type):
@@ -745,7 +758,12 @@ def step_of(d: dict) -> Step:
     """The step that `to_dict` wrote. Raises ValueError for one that this version does not know."""
     kind = d.get("step") if isinstance(d, dict) else d
     if not isinstance(kind, str) or kind not in _STEPS:
-        raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}")
+        named = _name_of(kind) if isinstance(kind, str) else ""  # "DropExperts" as Python calls it, or a slip
+        near = next(iter(get_close_matches(named, _STEPS, 1, 0.7)), None)
+        hint = f"; did you mean {near!r}?" if near else "; 'qat' is a method of a quantize step" if named == "qat" else ""
+        raise ValueError(f"step {kind!r} is not one of {', '.join(_STEPS)}{hint}")
+    if not isinstance(d, dict):
+        raise ValueError(f"the step {kind!r} stands alone; write it with its settings, at least {{'step': {kind!r}}}")
     return _STEPS[kind](d)
 
 
@@ -761,6 +779,16 @@ class Recipe:
     """
 
     steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, str) or not isinstance(self.steps, Iterable):
+            raise ValueError(f"steps={self.steps!r} of a Recipe is no tuple of steps; write Recipe(({self.steps!r},)) for one")
+        object.__setattr__(self, "steps", tuple(self.steps))
+        for step in self.steps:
+            if not isinstance(step, Step):
+                said = "a method of Quantize, not a step: Quantize(rules, method=Qat())" if isinstance(step, Qat) else "no step"
+                said = f"a class; write {step.__name__}()" if isinstance(step, type) else said
+                raise ValueError(f"{step!r} in a Recipe is {said}; steps are {', '.join(t.__name__ for t in get_args(Step))}")
 
     @classmethod
     def body(cls, scheme: QuantScheme | str, *, before: tuple[Step, ...] = (), **settings) -> "Recipe":
@@ -819,6 +847,8 @@ class Recipe:
         """Raises ValueError for a step or a format that this version does not know."""
         d = json.loads(text)
         version = d.get("format") if isinstance(d, dict) else None
+        if isinstance(d, dict) and "format" not in d:
+            raise ValueError('the recipe lacks "format": 1')
         if version != 1:
             raise ValueError(f"recipe format {version!r} is not 1: it was written by another edgelab")
         steps = d.get("steps")

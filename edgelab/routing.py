@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from edgelab.blocks import _checked, _forward, _quiet
+from edgelab.blocks import _forward, _quiet, checked_batches
 from edgelab.evaluate import routers
 from edgelab.layers import QExperts
 from edgelab.methods import router as decide
@@ -112,7 +112,7 @@ class _Spare:
 
 def active_experts(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     """{router name: mean number of experts per token whose gate is not 0} over token ids int64 [B, T]."""
-    known, batches = router_pairs(model), _checked(model, batches)
+    known, batches = router_pairs(model), checked_batches(model, batches)
     sums, tokens = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0)
     handles = []
 

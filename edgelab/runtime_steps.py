@@ -31,6 +31,14 @@ def apply(model: nn.Module, step: RunTime, batches: Sequence[Tensor] | None, pro
     return remarks
 
 
+def try_on(model: nn.Module, step: RunTime) -> None:
+    """Raises ValueError where `model` can't compute by `step`; for a copy on the meta device, which is changed."""
+    if isinstance(step, EarlyExit):
+        attach_exit(model, step)
+    else:
+        _without_data(model, step)
+
+
 def steps_of(model: nn.Module) -> tuple[RunTime, ...]:
     """The run-time steps that `model` computes by, in the order in which they came."""
     return getattr(model, _RECORD, ())

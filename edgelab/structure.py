@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from edgelab.blocks import decoder_blocks, walk
+from edgelab.blocks import checked_batches, decoder_blocks, walk
 from edgelab.evaluate import routers
 from edgelab.methods.calibrate import shrink as borrowed
 from edgelab.model import Weight, family_of, weights
@@ -126,10 +126,12 @@ def _widths(model: nn.Module, parts: list[_Part], step: PruneChannels) -> dict[s
 def _stay(width: int, share: float, multiple: int) -> int:
     """How many of `width` channels stay when about `share` go: the nearest multiple, at least one and at most what fits.
 
-    >>> _stay(640, 0.3, 32), _stay(100, 0.0, 32), _stay(100, 1.0, 32), _stay(20, 0.5, 32)
-    (448, 96, 32, 20)
+    >>> _stay(640, 0.3, 32), _stay(100, 0.0, 32), _stay(100, 0.99, 32), _stay(20, 0.5, 32)
+    (448, 100, 32, 20)
     """
-    if width <= multiple:  # narrower than one multiple: nothing can go
+    if share == 1:
+        raise ValueError("share=1.0 of PruneChannels leaves no channel; prune less")
+    if width <= multiple or not share:  # narrower than one multiple: nothing can go
         return width
     return min(max(1, round(width * (1 - share) / multiple)), width // multiple) * multiple
 
@@ -290,7 +292,8 @@ def _values(listed: Mapping[str, Weight], name: str, groups: int) -> Tensor:
 def _layers(model: nn.Module, step: DropLayers, batches, progress: bool) -> list[str]:
     blocks = decoder_blocks(model)
     if step.count >= len(blocks):
-        raise ValueError(f"count={step.count} leaves none of {len(blocks)} decoder blocks; at most {len(blocks) - 1}")
+        most = f"at most {len(blocks) - 1}" if len(blocks) > 1 else "a model of one block can't spare it"
+        raise ValueError(f"count={step.count} leaves none of {len(blocks)} decoder blocks; {most}")
     if next(model.parameters()).is_meta:
         keep_layers(model, range(len(blocks) - step.count))
         return []
@@ -303,7 +306,7 @@ def _layers(model: nn.Module, step: DropLayers, batches, progress: bool) -> list
 
 def block_influence(model: nn.Module, batches: Sequence[Tensor], *, progress: bool = True) -> list[float]:
     """1 - E cos(h_in, h_out) of every decoder block over the tokens of `batches` int64 [B, T] (ShortGPT, arXiv 2403.03853, section 3.1)."""
-    blocks = decoder_blocks(model)
+    blocks, batches = decoder_blocks(model), checked_batches(model, batches)
     if not blocks:
         raise ValueError(f"this {type(model).__name__} is no chain of blocks")
     sums, tokens = np.zeros(len(blocks)), 0

@@ -11,6 +11,7 @@ build": they are of the machine named in them, not of the reader's.
     qat         4 and 8 bits per row, rounded to nearest against learnt
     students    one small dense model from nothing, from text or from the MoE: three seeds each
     adapt       a compressed model and about 1,000 examples of a domain that it never saw
+    dynamic     what is computed by the input: early exit, skipped channels, sparse attention, two precisions
 
 "mean of domains" rows weigh the four domains alike; their intervals resample the documents of each domain.
 """
@@ -27,14 +28,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgelab import adapt, data
+from edgelab import adapt, cascade, data
 from edgelab.compress import compress
+from edgelab.dynamic import report as skip_report
+from edgelab.early_exit import exit_report
 from edgelab.evaluate import Measured, measure, spread, summarise, weigh
 from edgelab.model import dequantize, load, load_tokenizer
 from edgelab.paths import data_dir
-from edgelab.recipe import Distill, DropExperts, DropLayers, FineTune, MergeExperts, Prune, PruneChannels, PruneHeads, Qat, Quantize, Recipe
+from edgelab.recipe import (
+    Distill,
+    DropExperts,
+    DropLayers,
+    EarlyExit,
+    FineTune,
+    MergeExperts,
+    Prune,
+    PruneChannels,
+    PruneHeads,
+    Qat,
+    Quantize,
+    Recipe,
+    SkipChannels,
+    SparseAttention,
+)
 from edgelab.report import Report, Row, machine
 from edgelab.scheme import QuantScheme
+from edgelab.sparse_attention import cost as attended_pairs
 from edgelab.train import learn
 
 MEAN = "mean of domains"
@@ -281,8 +300,34 @@ def few_shot(b: Bench) -> Report:
     return b.report(models, test)
 
 
+def dynamic(b: Bench) -> Report:
+    """An early exit, half of the channels skipped, sparse attention, two precisions: each against the whole model, and what it saves."""
+    fp = b.model()
+    half = "half of the channels skipped"
+    steps = {"early exit": EarlyExit(after=2), half: SkipChannels(0.5), "attention 32/16": SparseAttention(32, 16)}
+    models = {"fp": fp} | {name: b.run(name.replace(" ", "-").replace("/", "-"), fp, Recipe((step,))) for name, step in steps.items()}
+    held = data.calibration_batches(b.tokenizer, b.corpus["test"], tokens=8192, context=CONTEXT)
+    left, skipped = exit_report(models["early exit"], held), skip_report(fp, models[half], held)
+    low, high = (compress(fp, Recipe.uniform(s), progress=False).model for s in ("int3-g32", "int8-row"))
+    both = cascade.report(cascade.calibrate(low, high, b.calibration, 0.98), held)
+    some, every = attended_pairs(4096, 32, 16)
+    facts = {
+        "early exit": {"left early": left.left, "same top of those": left.agreement, "multiply-adds saved": left.saved},
+        half: {"multiply-adds saved": skipped.saved},
+        "attention 32/16": {"pairs saved at 4096 tokens": 1 - some / every},
+        "int3, int8 where unsure": {"escalated": both.escalated, "kld": both.kld, "kld of int3 alone": both.kld_low},
+    }
+    unit = {"kld": "nats/tok", "kld of int3 alone": "nats/tok"}
+    rows = [
+        Row(model, what, value, unit.get(what, "share"), "8192 tokens", machine=machine())
+        for model, found in facts.items() for what, value in found.items()
+    ]  # fmt: skip
+    return b.report(models) + Report(tuple(rows))
+
+
 STUDIES: dict[str, Callable[[Bench], Report]] = {
     "experts": experts, "recovery": recovery, "zeros": zeros, "channels": channels, "qat": qat, "students": students, "adapt": few_shot,
+    "dynamic": dynamic,
 }  # fmt: skip
 
 

@@ -798,6 +798,10 @@ def _bridge(student: nn.Module, teacher: nn.Module) -> nn.Module | None:
 def _check_teacher(student: nn.Module, teacher: nn.Module) -> None:
     if teacher is student:
         raise ValueError("teacher= is the model that learns: it would change with it; pass the one it came from, or a copy")
+    if not hasattr(teacher, "config"):
+        raise ValueError(
+            f"teacher={type(teacher).__name__} is no causal language model of transformers; pass the model that this one came from"
+        )
     sizes = [getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, teacher)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: a student must read its teacher's tokens")

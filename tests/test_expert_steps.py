@@ -12,10 +12,11 @@ from test_model import CONFIGS, IDS, tiny
 
 from edgelab.evaluate import routers
 from edgelab.expert_stats import expert_stats
-from edgelab.expert_steps import drop, masked, merge, shrink_experts, split_experts
+from edgelab.expert_steps import masked, merge, shrink_experts, split_experts
 from edgelab.methods import experts as decide
 from edgelab.model import FAMILIES
 from edgelab.recipe import DropExperts, MergeExperts
+from edgelab.surgery import keep_experts
 
 SPARSE = [f for f in CONFIGS if FAMILIES[f].experts]
 BATCHES = [torch.arange(40).reshape(2, 20) % 96, torch.arange(33).reshape(3, 11) % 96 + 7]
@@ -95,7 +96,7 @@ def test_drop(family, method):
         if worth is not None:
             gone = next(e for e in range(4) if e not in kept[name])
             assert worth[gone] == worth.min()
-    drop(twin, kept)
+    keep_experts(twin, kept)
     torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=0)
 
 
@@ -175,7 +176,10 @@ def test_copies_merge_into_what_they_were(family):
     twin = copy.deepcopy(model)
     used = {name: torch.tensor([5, 7, 3, 2]) for name in routers(model)}
     merge(model, {name: [[0], [1, 3], [2]] for name in used}, used)
-    drop(twin, {name: [0, 1, 2] for name in used})
+    rows = copy.deepcopy(twin)
+    merge(rows, {name: [[0], [1, 3], [2]] for name in used}, used, all_rows=True)
+    torch.testing.assert_close(logits(rows), logits(twin), rtol=1e-4, atol=1e-5)  # the two were one function: every row finds it again
+    keep_experts(twin, {name: [0, 1, 2] for name in used})
     torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-5)
 
 
@@ -228,7 +232,7 @@ def test_masked_is_dropped(family):
     model = tiny(family)
     plain, gone = logits(model), {name: [0 if i else 2] for i, name in enumerate(routers(model))}
     cut = copy.deepcopy(model)
-    drop(cut, {name: [e for e in range(4) if e not in experts] for name, experts in gone.items()})
+    keep_experts(cut, {name: [e for e in range(4) if e not in experts] for name, experts in gone.items()})
     with masked(model, gone):
         torch.testing.assert_close(logits(model), logits(cut), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=0)

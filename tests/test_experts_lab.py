@@ -161,11 +161,19 @@ def test_routings_are_copies_with_their_arithmetic():
     rows = lab.routing_rows(found, r, "all")
     assert rows[0]["KLD, mean of domains (measured)"] == "0.300" and rows[0]["exact match a, % (measured)"] == "75"
     assert rows[2]["less than all, %"] == "0" and float(rows[0]["less than all, %"]) > float(rows[1]["less than all, %"]) > 0
-    claims = lab.claim_rows(found, r, "2", "all")
+    claims = lab.claim_rows(found, r, "2", "all", IDS[:1, :12], rounds=3)
     less = 1 - found[1].flops / found[2].flops
-    assert [list(c.values())[1] for c in claims] == [
-        f"{100 * less:.0f} % (counted)", f"at most {1 / (1 - less):.1f} times (from FLOPs)", "-50 points of exact match lost (measured)",
-    ]  # fmt: skip
+    fewer, faster, lost = (list(c.values())[1] for c in claims)
+    assert (fewer, lost) == (f"{100 * less:.0f} % (counted)", "-50 points of exact match lost (measured)")
+    assert re.fullmatch(rf"at most {1 / (1 - less):.1f} times \(from FLOPs\); \d+\.\d\d times \(measured\)", faster)
+
+
+def test_decoding_token_by_token_reads_every_token_once():
+    model, read = tiny("qwen3_moe"), []
+    handle = model.model.embed_tokens.register_forward_hook(lambda _m, inputs, _o: read.append(inputs[0]))
+    lab.decode(model, IDS[:1, :12], prompt=5)
+    handle.remove()
+    assert [r.shape[1] for r in read] == [5] + [1] * 7 and torch.equal(torch.cat(read, 1), IDS[:1, :12])
 
 
 # ---------------------------------------------------------------------------------------------------------------- caches

@@ -10,7 +10,7 @@ from test_model import IDS, tiny
 
 from edgelab import Recipe, load_bundle, save_bundle
 from edgelab.compress import compress
-from edgelab.expert_cache import Cache, Trace, gates_of, prefer_cached, selection_scores, simulate, table, trace
+from edgelab.expert_cache import Cache, Trace, _Prefer, gates_of, prefer_cached, selection_scores, simulate, table, trace
 from edgelab.layers import set_kernel
 from edgelab.model import FAMILIES, family_of, load
 from edgelab.offload import mapped, offload
@@ -138,6 +138,23 @@ def test_strength_makes_hits_and_the_best_expert_stays():
     with prefer_cached(model, 1e6, capacity=2, keep=0) as caches:
         model(IDS)
     assert sum(c.misses for c in caches) == 2  # the first two stay for ever
+
+
+@torch.no_grad()
+def test_what_is_in_ram_gains_the_mean_range_of_the_scores_so_far():
+    """Cache-Prior (arXiv 2412.00099), written out for one choice per token and room for two."""
+    router = next(m for m in tiny("qwen3_moe").modules() if hasattr(m, "top_k"))
+    logits = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
+    gates = logits.softmax(-1).topk(1)
+    chosen = _Prefer("qwen3_moe", Cache(2), 0.3, 0, simulated=True)(router, None, (logits, *gates))[2]
+    ranges, recent, wanted, plain = [], [], [], logits.argmax(-1).tolist()
+    for row in logits.double().numpy():
+        ranges.append(row.max() - row.min())
+        biased = [x + 0.3 * np.mean(ranges) * (e in recent[:2]) for e, x in enumerate(row)]
+        pick = int(np.argmax(biased))
+        recent = [pick, *(e for e in recent if e != pick)][:2]
+        wanted.append(pick)
+    assert chosen[:, 0].tolist() == wanted != plain
 
 
 def test_table_says_exact_routing_costs_nothing_and_more_room_misses_less():

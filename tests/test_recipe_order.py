@@ -1,5 +1,6 @@
 """Which orders of steps make sense, and what `compress` says of the others; a recipe of many steps from end to end."""
 
+import numpy as np
 import pytest
 import torch
 from test_model import tiny
@@ -25,7 +26,8 @@ from edgelab import (
     Smooth,
     SparseAttention,
 )
-from edgelab.compress import compress, plan
+from edgelab.compress import compress, plan, zeros
+from edgelab.model import quantized, weights
 from edgelab.recipe import step_of
 
 INT4 = Quantize((("@router", None), ("*", QuantScheme.parse("int4-g32"))))
@@ -71,6 +73,13 @@ WRONG = [
     ((Prune(), Quantize(INT4.rules, method=AutoRound())), "moves the weights that Prune has set to zero"),
     ((Prune(), Quantize((("@attention", QuantScheme.parse("uint4-g32")),))), "stores an offset"),
     ((INT4, INT4), "two steps of the recipe quantize"),
+    ((Prune(), PruneChannels()), "would fill the zeros"),
+    ((Prune(), PruneHeads()), "would fill the zeros"),
+    ((Prune(), MergeExperts()), "would fill the zeros"),
+    # what a run-time step needs is asked before anything learns
+    ((Distill(), EarlyExit(after=9)), "after=9"),
+    ((DropExperts(0.5), Distill(), Route(top_k=3)), "more than the 2 experts"),
+    ((Quantize((("@router", None), ("*", QuantScheme.parse("mxfp4-g32")))), Distill(train="scales")), "powers of two and can't learn"),
 ]
 
 
@@ -95,6 +104,7 @@ def test_an_order_that_makes_no_sense_is_refused_before_any_work(steps, says):
         (lambda: Route(top_p=1.5), "top_p=1.5"),
         (lambda: DropExperts(method="best"), "use one of reap"),
         (lambda: PruneChannels(multiple=0), "multiple=0"),
+        (lambda: Prune(select=5), "select=5"),
         (lambda: Distill(loss="kl"), "use one of forward"),
         (lambda: Distill(train="bias"), "use one of all"),
         (lambda: Qat(step_size="pact"), "use one of lsq"),
@@ -106,6 +116,48 @@ def test_an_order_that_makes_no_sense_is_refused_before_any_work(steps, says):
 def test_settings_out_of_range_are_named(settings, says):
     with pytest.raises(ValueError, match=says):
         settings()
+
+
+def test_integers_of_any_kind_are_whole_numbers():
+    assert PruneChannels(multiple=np.int64(8)) == PruneChannels(multiple=8)
+    assert type(Route(top_k=np.int64(2)).top_k) is int
+
+
+def test_routing_asks_for_experts_before_anything_learns():
+    with pytest.raises(ValueError, match="no experts"):
+        plan(tiny("llama"), Recipe((Distill(), Route(top_k=1))))
+
+
+@pytest.mark.parametrize(
+    "step", [Distill(steps=3, batch=2, lr=1e-2), Quantize(INT4.rules), Quantize(INT4.rules, method="gptq")], ids=["distill", "rtn", "gptq"]
+)
+def test_zeros_of_an_earlier_call_stay(step):
+    """A model that comes back pruned, from a file for instance, is as pruned as one in the middle of a recipe."""
+    pruned = compress(tiny("qwen3_moe"), Recipe((Prune(0.5, method="magnitude"),)), progress=False).model
+    was = zeros(pruned)
+    assert was and min(was.values()) >= 0.45
+    done = compress(pruned, Recipe((step,)), calibration=BATCHES, training=BATCHES, teacher=tiny("qwen3_moe"), progress=False)
+    assert any("stays zero" in remark for remark in done.remarks)
+    values = {n: q.dequantize() for n, (_, q) in quantized(done.model).items()} or {w.name: w.tensor for w in weights(done.model)}
+    for name, share in was.items():
+        assert float((torch.as_tensor(values[name]) == 0).float().mean()) >= share, name
+    with pytest.raises(ValueError, match="stores an offset"):
+        plan(pruned, Recipe.uniform("uint4-g32"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"calibration": [torch.arange(8)]}, r"batches\[0\] is torch.int64 \(8,\)"),
+        ({"training": [torch.full((4, 8), 10_000)]}, "the tokenizer that belongs to the model"),
+        ({"teacher": torch.nn.Linear(2, 2)}, "teacher=Linear is no causal language model"),
+    ],
+    ids=["shape", "ids", "teacher"],
+)
+def test_data_that_is_none_is_said_before_any_work(given, says):
+    recipe = Recipe((DropLayers(1), Distill(steps=1)))
+    with pytest.raises(ValueError, match=says):
+        compress(tiny("qwen3_moe"), recipe, **{"calibration": BATCHES, "training": BATCHES} | given, progress=False)
 
 
 def test_missing_data_is_said_before_any_work():

@@ -50,6 +50,51 @@ def test_rounding_that_learns_keeps_what_the_article_claims():
     assert em["int8-row, QAT"] >= 0.987 * em["fp"]
 
 
+def test_rounding_to_4_bits_that_learns_wins_back_half():
+    report = read("qat").report
+    lost, kept = (report.get(model=f"int4-row, {how}", metric="kld", slice=MEAN) for how in ("to nearest", "QAT"))
+    assert lost.value - kept.value >= 0.5 * lost.value and kept.high < lost.low
+
+
+@pytest.mark.parametrize("share", ["25%", "50%"])
+def test_reap_loses_less_than_frequency_and_chance_in_the_mean_of_domains(share):
+    """In the mean of the domains alone: pooled over tokens, or on prose by itself, it does not (LOG.md)."""
+    report = read("experts").report
+    row = {m: report.get(model=f"{m} {share}", metric="kld", slice=MEAN) for m in ("reap", "frequency", "random 0", "random 1", "random 2")}
+    assert row["reap"].high < row["frequency"].low
+    others = [row[f"random {seed}"] for seed in range(3)]
+    assert row["reap"].high < np.mean([r.value for r in others]) and row["reap"].value < min(r.value for r in others)
+
+
+def test_ten_minutes_win_back_half_of_what_half_of_the_experts_cost():
+    report = read("recovery").report
+
+    def value(model, metric):
+        return report.get(model=model, metric=metric, slice=MEAN).value
+
+    assert value("REAP 50%, distilled", "kld") <= 0.5 * value("REAP 50%", "kld")
+    fp, cut, back = (value(m, "exact_match") for m in ("fp", "REAP 50%", "REAP 50%, distilled"))
+    assert back - cut >= 0.5 * (fp - cut) > 0
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize("pattern", ["50%", "2:4", "4:8"])
+def test_wanda_and_sparsegpt_lose_less_than_magnitude(model, pattern):
+    report = read("zeros").report
+    row = {m: report.get(model=f"{model}: {m} {pattern}", metric="kld", slice=MEAN) for m in ("magnitude", "wanda", "sparsegpt")}
+    assert row["sparsegpt"].high < row["magnitude"].low and row["wanda"].high < row["magnitude"].low
+
+
+def test_a_new_task_is_learnt_and_the_old_ones_only_with_rehearsal():
+    report = read("adapt").report
+
+    def em(model, domain):
+        return report.get(model=model, metric="exact_match", slice=domain).value
+
+    assert em("fp, all weights, not rehearsed", "robot") > 0.9 > em("fp, all weights", "robot") > em("fp", "robot") + 0.4
+    assert em("fp, all weights, not rehearsed", "assistant") < 0.1 < 0.8 < em("fp, all weights", "assistant")
+
+
 def test_a_teacher_teaches_more_than_text():
     report = read("students").report
     for domain in ("prose", "code"):

@@ -16,6 +16,7 @@ from edgelab import Distill, FineTune, Gptq, Qat, Quantize, QuantScheme, Recipe
 from edgelab.bundle import load_bundle, save_bundle
 from edgelab.compress import audit, compress
 from edgelab.layers import QLinear
+from edgelab.methods.distill import hidden_error
 from edgelab.model import dequantize, quantized, weights
 from edgelab.train import _Rows, _scale_buffers, autocast, learn, learning_rate, quantization_aware
 
@@ -63,6 +64,18 @@ def test_a_student_comes_nearer_to_its_teacher(family, settings, batches):
     assert kld(teacher, student, batches[0]) < 0.9 * before, told
     assert [p.requires_grad for p in student.parameters()] == grads and not student.training
     assert getattr(student.config, "_experts_implementation", None) == getattr(teacher.config, "_experts_implementation", None)
+
+
+def test_hidden_states_are_learnt_too(batches):
+    """Where they weigh most, it is they that come nearer, and not the logits."""
+    teacher, errors = tiny("llama"), {}
+    for hidden in (0.0, 100.0):
+        student = disturbed(teacher)
+        learn(student, Distill(steps=20, lr=1e-3, batch=4, alpha=1.0, hidden=hidden), batches, teacher=teacher, progress=False)
+        with torch.no_grad():
+            ours, theirs = (m(batches[0], output_hidden_states=True).hidden_states[1:] for m in (student, teacher))
+        errors[hidden] = float(hidden_error(list(ours), list(theirs)))
+    assert errors[100.0] < 0.8 * errors[0.0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

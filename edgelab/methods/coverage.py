@@ -128,7 +128,8 @@ class Coverage:
         experts = "" if self.expert_share is None else f", {self.expert_share:.1%} of the expert parameters"
         file = "" if self.file_bytes is None else f", {self.file_bytes:,} on disk ({self.file_error:+.2%})"
         return (
-            f"Coverage({self.share:.1%} of {self.parameters:,} parameters{experts}, {self.predicted_bytes:,} bytes predicted{file}, "
+            f"Coverage({self.share:.1%} of {self.parameters:,} parameters in codes{experts}, "
+            f"{self.predicted_bytes:,} bytes predicted{file}, "
             f"{self.bits_per_weight:.3f} bits per weight)"
         )
 

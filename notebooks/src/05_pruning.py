@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 05 · Pruning: zeros, channels, heads, blocks
 #
-# **Claim: a zero is cheap to make and hard to sell. Half of the weights can go for a small loss, but in 16 bits the half that is
-# left takes twice the bytes of all of them in int4, and a dense product multiplies by zeros as fast as by anything else. What
-# makes a model faster is a smaller shape, and that costs more.**
+# **Claim: a zero is cheap to make and hard to sell. Half of the weights can go and the model still works, but in 16 bits the half that is
+# left takes twice the bytes of all of them in int4, which loses less; and a dense product multiplies by zeros as fast as by anything
+# else. What makes a model faster is a smaller shape, and that costs more.**
 #
 # After this notebook you can
 #
@@ -120,13 +120,15 @@ assert zeros.ratio("sparsegpt 50%", "magnitude 50%")[0] < 1
 # %% [markdown]
 # **Look.** The paired column draws the same documents for both models: that is why it can tell methods whose intervals overlap.
 #
-# **Answer.** Seven- to tenfold: the axis is logarithmic. The best method takes off a quarter of the loss at any share; the
-# last quarter of zeros adds far more than any method takes off.
+# **Answer.** Seven- to tenfold: the axis is logarithmic. The best method takes off a quarter of the loss and more, the more the coarser
+# the pattern; the last quarter of zeros adds far more than any method takes off.
 #
 # **Explain.** The first half of the zeros falls on weights that say little; what the last quarter takes are weights that the others can't
 # replace, whichever they are chosen by.
 #
-# Those are few documents. The same on more, and for the mixture of experts:
+# Those are few documents, and few calibration tokens. The same with four times as many tokens to calibrate on, on ten times the
+# documents, and for the mixture of experts. Wanda and SparseGPT gain by it, magnitude sees no data: read methods, not digits, across the
+# two tables.
 
 # %%
 sentence, rows = lab.study("zeros")
@@ -270,9 +272,10 @@ display(Markdown(words.markdown([{"block": str(i), "influence (measured)": f"{x:
 
 # %% [markdown]
 # **Answer.** Of four blocks none is idle; ShortGPT's idle blocks are found among the 32 and more of large models. And influence is an
-# estimate: measured (`edgelab.structure`), losing block 3 costs this model a little less than losing block 2.
+# estimate by angles alone: it says nothing of what later blocks make of the change.
 #
-# The same cuts on more documents, by activation, by magnitude and by chance, for both models:
+# The same cuts with more calibration tokens, on more documents, by activation, by magnitude and by chance, for both models. Look at
+# magnitude: it is *worse than chance*. Small rows meet large activations here, so their size says the wrong thing.
 
 # %%
 sentence, rows = lab.study("channels")
