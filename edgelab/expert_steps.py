@@ -171,6 +171,9 @@ def merge(model: nn.Module, clusters: Mapping[str, Sequence[Sequence[int]]], use
                 for e in group if all_rows else [head]:
                     gate_up[e].copy_((first.transpose(0, 1) if layout.interleaved else first).reshape(gate_up.shape[1:]))
                     down[e].copy_(second)
+                    for part in (layout.gate_up, layout.down) if layout.biased else ():
+                        bias = getattr(model.get_submodule(places[name]), f"{part}_bias")
+                        bias[e].copy_(bias[head])
         kept[name] = sorted(head for head, _, _ in new)
     if not all_rows:
         keep_experts(model, kept)

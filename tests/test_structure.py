@@ -185,12 +185,17 @@ def test_deepseeks_three_kinds_lose_the_same_share_and_the_config_stays_true(sha
 
 @pytest.mark.parametrize(
     ("width", "share", "multiple", "stays"),
-    [(64, 0.3, 32, 32), (64, 0.2, 32, 64), (64, 1.0, 32, 32), (64, 0.0, 32, 64), (64, 0.9, 1, 6), (64, 0.0, 24, 48), (64, 0.5, 128, 64)],
+    [(64, 0.3, 32, 32), (64, 0.2, 32, 64), (64, 0.99, 32, 32), (64, 0.0, 32, 64), (64, 0.9, 1, 6), (64, 0.0, 24, 64), (64, 0.5, 128, 64)],
 )
 def test_what_stays_is_the_nearest_multiple_and_never_nothing(width, share, multiple, stays):
     model = tiny("qwen3")
     remarks = shrink(model, PruneChannels(share, "magnitude", multiple), None, progress=False)
     assert model.config.intermediate_size == stays and f"{width} -> {stays} ({1 - stays / width:.1%} gone)" in remarks[0]
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="leaves no channel"):
+        shrink(tiny("llama"), PruneChannels(1.0, method="magnitude"), None, progress=False)
 
 
 # ----------------------------------------------------------------------------------------------------- heads and blocks
