@@ -95,6 +95,17 @@ def test_a_new_task_is_learnt_and_the_old_ones_only_with_rehearsal():
     assert em("fp, all weights, not rehearsed", "assistant") < 0.1 < 0.8 < em("fp, all weights", "assistant")
 
 
+def test_what_is_computed_by_the_input_says_what_it_saves_and_costs():
+    report = read("dynamic").report
+
+    def value(model, metric):
+        return report.get(model=model, metric=metric, slice="8192 tokens").value
+
+    assert value("int3, int8 where unsure", "kld") < 0.5 * value("int3, int8 where unsure", "kld of int3 alone")
+    assert value("early exit", "same top of those") >= 0.98 and value("early exit", "multiply-adds saved") < 0  # a negative result
+    assert report.get(model="half of the channels skipped", metric="kld", slice=MEAN).high < 0.01
+
+
 def test_a_teacher_teaches_more_than_text():
     report = read("students").report
     for domain in ("prose", "code"):
