@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench notebooks compare peers pretrain phone studies lint format clean
+.PHONY: help demo test nightly lab bench notebooks compare peers pretrain phone studies lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -28,6 +28,9 @@ lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
 test: $(VENV)/.test-lab-export-bnb ## all tests, and the notebooks top to bottom (ARGS="-k name" chooses)
 	@$(BIN)/python -m pytest --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+nightly: $(VENV)/.test-lab-export-bnb-llamacpp ## the tests of the runtimes that `make test` leaves out (llama.cpp is built: a quarter of an hour)
+	@$(BIN)/python -m pytest tests/test_export_gguf.py tests/test_export_web.py --durations=10 $(ARGS)
 
 bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this machine
 	@$(BIN)/python -m pytest tests/bench -o "python_files=bench_*.py" -o "python_functions=bench_*" --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
@@ -89,7 +92,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 comma := ,
-$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb $(VENV)/.test-lab-export-bnb-llamacpp: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing edgelab[$(subst -,$(comma),$*)] into $(VENV) (the first time takes some minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(subst -,$(comma),$*)]"
 	@touch $@

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgelab import __version__, words
-from edgelab.export import ExportError
+from edgelab.export import TARGETS, ExportError
 from edgelab.recipe import Recipe
 from edgelab.report import Report, machine
 
@@ -89,6 +89,8 @@ MaxDocs = Annotated[int, typer.Option("--max-docs", help="Documents per domain; 
 
 class Target(StrEnum):
     onnx = "onnx"
+    gguf = "gguf"
+    web = "web"
 
 
 def _threads(n: int) -> int:
@@ -684,23 +686,33 @@ def _short_names(models: list[str]) -> dict[str, str]:
 @_guarded
 def export(
     bundle: Annotated[str, typer.Argument(help="A bundle written by `edgelab compress`, or a model.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
-    target: Annotated[Target, typer.Option("--target", help="The format.")] = Target.onnx,
+    out: Annotated[Path, typer.Option("--out", help="The file to write; a folder for web, and for several targets.")],
+    target: Annotated[list[Target] | None, typer.Option("--target", help="The format; may be given several times. Default: onnx.")] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="ONNX with keys and values of the past as inputs, for generation.")] = False,
     threads: Threads = 0,
     force: Force = False,
 ) -> None:
-    """Write BUNDLE for another runtime, run it there, and compare its logits with torch's on the same codes."""
-    if out.suffix != ".onnx":
-        raise ValueError(f"--out {out} must end in .onnx for --target {target.value}")
-    _may_write(out, force, ours="edgelab.json", models=(bundle,))
+    """Write BUNDLE for other runtimes, run it there, and compare its logits with torch's on the same codes."""
+    targets = list(dict.fromkeys(target or [Target.onnx]))
+    if len(targets) > 1:
+        places = {t: out / TARGETS[t.value] for t in targets}
+    elif targets[0] is not Target.web and out.suffix != f".{targets[0].value}":
+        raise ValueError(f"--out {out} must end in .{targets[0].value} for --target {targets[0].value}")
+    else:
+        places = {targets[0]: out}
+    for place in places.values():
+        _may_write(place, force, ours="web.json", models=(bundle,))
     _local_only(bundle)
-    from edgelab.export.onnx import export as run
+    from edgelab.export import export as run
     from edgelab.model import load
 
     _threads(threads)
-    exported = run(load(bundle), out)
-    _print_table(exported.table(), f"{target.value} file, verified in its own runtime")
-    out_console.print(f"file     {out}", markup=False, soft_wrap=True)
+    model = load(bundle)
+    for t, place in places.items():
+        settings = {Target.onnx: {"cache": cache}}.get(t, {"tokenizer": _tokenizer(bundle)})
+        exported = run(model, t.value, place, **settings)
+        _print_table(exported.table(), f"{t.value}, verified in its own runtime")
+        out_console.print(f"{'folder' if place.is_dir() else 'file  '}   {place}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,9 +1,15 @@
 """Files that other runtimes execute, each verified in that runtime against the torch model. Every target is a module.
 
+    onnx   one file; ONNX Runtime on desktops, Android, iOS, and behind Java
+    gguf   one file; llama.cpp
+    web    a folder with a page, ONNX Runtime Web and the model: opened in a browser it answers, offline too
+
+`export(model, "onnx", out)` and `verify(result, model)` are the doors to all of them; the modules have the settings of each.
 `ExportResult` is what an export hands back. An export that cannot keep its promises (the runtime's logits differ, a
 weight went out unquantized, a code changed on the way) raises `ExportError` and leaves no file behind.
 """
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -73,3 +79,26 @@ class ExportResult:
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{escape(line['item'])}</th><td>{escape(line['value'])}</td></tr>" for line in self.table())
         return f"<table><tbody>{rows}</tbody></table>"
+
+
+TARGETS = {"onnx": "model.onnx", "gguf": "model.gguf", "web": "web"}  # and what it is called in a folder
+
+
+def export(model, target: str, out: str | Path, **settings) -> ExportResult:
+    """`model` (a module, or the directory of a bundle or a model) written for `target` and verified in the target's own runtime.
+
+    `out`: the file to write (a folder for "web"). `settings` are those of the target's module, such as cache=True for "onnx". Raises
+    ExportError for an unknown target, and what the module raises.
+    """
+    return _module(target).export(model, out, **settings)
+
+
+def verify(result: ExportResult, model, **settings) -> ExportResult:
+    """`result` verified again: its file opened in the target's own runtime and held against `model`. Raises ExportError."""
+    return _module(result.target).verify(result, model, **settings)
+
+
+def _module(target: str):
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r} is not one of {', '.join(TARGETS)}")
+    return importlib.import_module(f"edgelab.export.{target}")
