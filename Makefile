@@ -29,7 +29,7 @@ test: $(VENV)/.test-lab-export-bnb ## all tests, and the notebooks top to bottom
 	@$(BIN)/python -m pytest --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-nightly: $(VENV)/.test-lab-export-bnb-llamacpp ## the tests of the runtimes that `make test` leaves out (llama.cpp is built: a quarter of an hour)
+nightly: $(VENV)/.test-lab-export-bnb-gguf ## the tests of the runtimes that `make test` leaves out (llama.cpp is built: a quarter of an hour)
 	@$(BIN)/python -m pytest tests/test_export_gguf.py tests/test_export_web.py --durations=10 $(ARGS)
 
 bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this machine
@@ -92,7 +92,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 comma := ,
-$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb $(VENV)/.test-lab-export-bnb-llamacpp: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb $(VENV)/.test-lab-export-bnb-gguf: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing edgelab[$(subst -,$(comma),$*)] into $(VENV) (the first time takes some minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(subst -,$(comma),$*)]"
 	@touch $@

@@ -52,7 +52,7 @@ FLOORS = [
     | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
     | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
     | {"expert_stats", "expert_steps", "routing"}
-    | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache"},
+    | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"},
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
     | {"experts_lab", "atlas", "tile_picture", "doctor", "explorer", "cli"},
 ]

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgelab.export import ExportError
 from edgelab.layers import QExperts, Quantized
@@ -30,9 +30,9 @@ def causal_lm(model: "nn.Module | str | Path") -> nn.Module:
     return model
 
 
-def refuse_other_arithmetic(model: nn.Module) -> None:
-    """Raises ExportError for what is no symmetric code, scale * (q - 2**(bits-1)), with inputs as they come: other codebooks, rounded
-    inputs, adapters, run-time steps. Today no target writes those."""
+def refuse_other_arithmetic(model: nn.Module, *, symmetric_only: bool = True) -> None:
+    """Raises ExportError for what no target writes: rounded inputs, adapters, run-time steps; and, with `symmetric_only`, for what is no
+    symmetric code, scale * (q - 2**(bits-1)): other codebooks, experts in several schemes."""
     if steps := steps_of(model):
         raise ExportError(f"{steps[0]!r} changes how the model computes, which this target does not write; export it without")
     for name, module in model.named_modules():
@@ -40,9 +40,9 @@ def refuse_other_arithmetic(model: nn.Module) -> None:
             raise ExportError(f"{name} has an adapter (LoRA) beside its codes, which this target does not write; learn scales instead")
         for parameter, s in module._stored.items() if isinstance(module, Quantized) else ():
             where = f"{name}.{parameter}" if isinstance(module, QExperts) else name
-            if getattr(module, "is_part", False):
+            if symmetric_only and getattr(module, "is_part", False):
                 raise ExportError(f"{name}: experts in several schemes are not what this target writes; give each stack one scheme")
-            if s.scheme.codebook != "int":
+            if symmetric_only and s.scheme.codebook != "int":
                 raise ExportError(
                     f"{where} is {s.scheme}; this target writes the symmetric codebook only, scale * (q - 2**(bits-1)). "
                     f"Export a model compressed to a scheme such as int{s.scheme.bits}-{s.scheme.granularity}"
@@ -84,28 +84,37 @@ def whole_or_nothing(*paths: Path) -> Iterator[tuple[Path, ...]]:
 def agreement(
     run: Callable[[np.ndarray], np.ndarray], model: nn.Module, lengths: tuple[int, ...] = LENGTHS, seed: int = 0
 ) -> dict[str, float]:
-    """Agreement of a runtime with torch on random tokens: the worst cosine and difference of logits, the mean of the others.
+    """`compared` logits of a runtime and of torch on random tokens, kld in nats per token.
 
     `run`: ids int64 [T] -> logits [T, vocabulary], once for each of `lengths`. `model` computes with its own quantized layers: the
-    dequantized weights, in float32. Keys: cosine, max_abs_diff, top1_agreement, kld (nats per token, torch's distribution first).
+    dequantized weights, in float32.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    draw = np.random.default_rng(seed)
-    cosine, worst, top, kld, tokens = 1.0, 0.0, 0.0, 0.0, 0
+    vocabulary, draw, pairs = model.config.get_text_config().vocab_size, np.random.default_rng(seed), []
     for length in lengths:
         ids = draw.integers(0, vocabulary, (1, length))
-        theirs = np.asarray(run(ids[0]), np.float64)
-        ours = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[0].double().numpy()
+        ours = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[0]
+        pairs.append((run(ids[0]), ours))
+    return compared(pairs)
+
+
+def compared(pairs: Iterable[tuple[np.ndarray, Tensor]]) -> dict[str, float]:
+    """Agreement of logits [N, classes], (a runtime's, torch's) in pairs: the worst cosine and difference, the mean of the others.
+
+    Keys: cosine, max_abs_diff, top1_agreement, kld (nats per row, torch's distribution first).
+    """
+    cosine, worst, top, kld, rows = 1.0, 0.0, 0.0, 0.0, 0
+    for given, wanted in pairs:
+        theirs, ours = np.asarray(given, np.float64), wanted.double().numpy()
         if theirs.shape != ours.shape:
-            raise ExportError(f"the runtime gives logits {theirs.shape} for {length} tokens; torch gives {ours.shape}")
+            raise ExportError(f"the runtime gives logits {theirs.shape}; torch gives {ours.shape}")
         norms = np.linalg.norm(theirs) * np.linalg.norm(ours)
         cosine = min(cosine, float((theirs * ours).sum() / norms) if norms and np.isfinite(norms) else -1.0)
         worst = max(worst, float(np.abs(theirs - ours).max()))
         p, q = log_softmax(ours), log_softmax(theirs)
         kld += float((np.exp(p) * (p - q)).sum())
         top += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        tokens += length
-    return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / tokens, "kld": kld / tokens}
+        rows += len(ours)
+    return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / rows, "kld": kld / rows}
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
