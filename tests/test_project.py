@@ -284,7 +284,8 @@ def test_make_clean_leaves_what_is_the_users():
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     from edgelab import layers, set_threads
 
-    example, methods, structure, kernels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, methods, structure, kernels = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert "max_docs=8" in example
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -297,7 +298,8 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert names["small3"].coverage.expert_share == 1.0 and "int3-g32" in {r.scheme for r in names["small3"].coverage}
     assert "steps=100" in structure and "tokens=200_000" in structure
     exec(compile(structure.replace("steps=100", "steps=2").replace("200_000", "4_000"), "README.md", "exec"), names)
-    assert names["smaller"].coverage.expert_share == 1.0 and Recipe.from_json((tmp_path / "mine.json").read_text()) == names["smaller"].recipe
+    assert names["smaller"].coverage.expert_share == 1.0
+    assert edgelab.Recipe.from_json((tmp_path / "mine.json").read_text()) == names["smaller"].recipe
     before = layers.set_kernel("numba")
     try:
         exec(compile(kernels, "README.md", "exec"), names)
