@@ -1,4 +1,4 @@
-"""The command line: `edgelab demo | compress | evaluate | compare | export | info | doctor`.
+"""The command line: `edgelab demo | compress | evaluate | compare | export | serve | info | doctor`.
 
 A thin view: each command reads its arguments, calls the pipeline and prints what it measured. Bad input ends with one
 sentence on stderr and exit code 2 (set EDGELAB_DEBUG=1 for the traceback); a check that failed ends with 1. torch is
@@ -689,6 +689,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The file to write; a folder for web, and for several targets.")],
     target: Annotated[list[Target] | None, typer.Option("--target", help="The format; may be given several times. Default: onnx.")] = None,
     cache: Annotated[bool, typer.Option("--cache", help="ONNX with keys and values of the past as inputs, for generation.")] = False,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Run what was written in the target's own runtime.")] = True,
     threads: Threads = 0,
     force: Force = False,
 ) -> None:
@@ -710,9 +711,21 @@ def export(
     model = load(bundle)
     for t, place in places.items():
         settings = {Target.onnx: {"cache": cache}}.get(t, {"tokenizer": _tokenizer(bundle)})
-        exported = run(model, t.value, place, **settings)
-        _print_table(exported.table(), f"{t.value}, verified in its own runtime")
+        exported = run(model, t.value, place, check=check, **settings)
+        _print_table(exported.table(), f"{t.value}, verified in its own runtime" if check else f"{t.value}, not verified")
         out_console.print(f"{'folder' if place.is_dir() else 'file  '}   {place}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@_guarded
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A folder that `edgelab export --target web` wrote.")],
+    port: Annotated[int, typer.Option("--port", help="On 127.0.0.1.", min=1, max=65535)] = 8765,
+) -> None:
+    """Serve the page in FOLDER to this machine alone, until Ctrl-C."""
+    from edgelab.export.web import serve as run
+
+    run(folder, port)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["", "demo", "compress", "evaluate", "export", "info", "doctor"])
+@pytest.mark.parametrize("command", ["", "demo", "compress", "evaluate", "export", "serve", "info", "doctor"])
 def test_help(command):
     result = edgelab(*([command] if command else []), "--help")
     assert "Usage" in result.output and "--help" in result.output
@@ -346,6 +346,14 @@ def test_models_of_one_name_are_told_apart():
     assert cli._short_names(["runs/a/int4", "runs/b/int4", "org/int8", "runs/a/int4"]) == {
         "int4": "runs/a/int4", "b/int4": "runs/b/int4", "int8": "org/int8"
     }  # fmt: skip
+
+
+def test_several_targets_go_into_a_folder(bundle, tmp_path):
+    settings = ("--target", "onnx", "--target", "gguf", "--cache", "--no-verify", "--threads", 1)
+    result = edgelab("export", bundle, "--out", tmp_path / "out", *settings)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["model.gguf", "model.onnx"] and result.output.count("not verified") == 4
+    assert "--force" in edgelab("export", bundle, "--out", tmp_path / "out", *settings, code=2).output
+    assert "holds no page" in edgelab("serve", tmp_path / "out", code=1).output.replace("\n", " ")
 
 
 def test_export_is_verified(bundle, tmp_path):
