@@ -260,6 +260,12 @@ def test_one_node_for_a_whole_stack(config, scheme, tmp_path):
         verify(result, model)
 
 
+@pytest.mark.parametrize("scheme, nodes", [("int4-g32", 1), ("int4-row", 0)])
+def test_auto_takes_one_node_where_it_can(scheme, nodes, tmp_path):
+    export(tiny(qwen3_moe(), scheme), tmp_path, experts="auto", check=False)
+    assert operators(tmp_path / "model.onnx").count("QMoE") == nodes
+
+
 @pytest.mark.parametrize("scheme, says", [("int4-row", "wants groups"), ("int8-g32", "rounds the activations"), (None, "not quantized")])
 def test_a_stack_that_one_node_can_t_take(scheme, says, tmp_path):
     with pytest.raises(ExportError, match=says):

@@ -19,6 +19,7 @@ pass through the tracer, and the tracing time does not depend on the number of e
     "qmoe"     one `QMoE` node for the whole stack, which reads the same codes, rows of gate and up in turn: fewer nodes, where the
                runtime has this operator (ONNX Runtime on processors, in the browser too). Our router stays: its weights are scattered
                to [tokens, experts] and given as `router_weights`
+    "auto"     "qmoe" where every stack of the model can be written so, else "sparse"
 
 The graph takes input_ids int64 [batch, sequence], both of any length, and gives logits float32 [batch, sequence,
 vocabulary]; causal. Without a cache there is no padding mask (pad on the right and ignore the padded positions). With `cache=True` it
@@ -59,7 +60,7 @@ from edgelab.scheme import PerGroup, PerTensor
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 IR_VERSION = 10  # what opset 20 was published with; a newer number locks out older runtimes for nothing
-EXPERTS = ("sparse", "rank", "qmoe")
+EXPERTS = ("sparse", "rank", "qmoe", "auto")
 BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits takes no other (ONNX Runtime 1.31)
 _SILU = ("SiLU", "SiLUActivation", "silu", "swish")
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the scheme -> bits in the file
@@ -175,6 +176,17 @@ def _fusible(layer: _Layer) -> _Blocks:
     if not layer.interleaved and (getattr(act, "__name__", None) or type(act).__name__) not in _SILU:
         raise ExportError(f"{layer.name} has {type(act).__name__} between its products; QMoE as written here has SiLU; {way_out}")
     return weights[0]
+
+
+def _best(layers: list[tuple[nn.Module, _Layer, int]]) -> str:
+    """What "auto" stands for."""
+    try:
+        for _, layer, _ in layers:
+            if layer.kind == "experts":
+                _fusible(layer)
+    except ExportError:
+        return "sparse"
+    return "qmoe"
 
 
 class _Opaque(nn.Module):
@@ -576,7 +588,7 @@ def export(
 
     `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in it).
     `cache`: keys and values of the past are inputs and outputs, for generation. Quantized layers become `MatMulNBits` with the
-    model's own codes, the rest float32. `experts`: "sparse", "rank" or "qmoe" (see the module). `accuracy_level` is `MatMulNBits`': 1
+    model's own codes, the rest float32. `experts`: "sparse", "rank", "qmoe" or "auto" (see the module). `accuracy_level`, of `MatMulNBits`: 1
     computes with float32 activations, as `QLinear` does; 4 quantizes them to int8, faster, and about 1e-2 off: not within the parity
     that `check` asks for on every model. `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second
     file, `<out>.data`.
@@ -597,6 +609,7 @@ def export(
 
     refuse_other_arithmetic(model)
     layers = list(_layers(model))
+    experts = _best(layers) if experts == "auto" else experts
     vocabulary = model.config.get_text_config().vocab_size
     past = _past_shapes(model) if cache else []
     traced = _trace(_skeleton(model, layers, experts, cache), vocabulary, past)

@@ -446,7 +446,7 @@ def export(
 
     with whole_or_nothing(out) as (folder,):
         folder.mkdir()
-        result = onnx.export(model, folder / "model.onnx", cache=True, accuracy_level=1, check=check)
+        result = onnx.export(model, folder / "model.onnx", cache=True, experts="auto", accuracy_level=1, check=check)
         if len(result.files) > 1:
             raise ExportError(f"the model has {result.bytes:,} bytes, more than a browser can hold; compress it to fewer bits")
         (folder / "ort").mkdir()
