@@ -588,7 +588,7 @@ def export(
 
     `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in it).
     `cache`: keys and values of the past are inputs and outputs, for generation. Quantized layers become `MatMulNBits` with the
-    model's own codes, the rest float32. `experts`: "sparse", "rank", "qmoe" or "auto" (see the module). `accuracy_level`, of `MatMulNBits`: 1
+    model's own codes, the rest float32. `experts`: "sparse", "rank", "qmoe", "auto" (see the module). `accuracy_level`, of `MatMulNBits`: 1
     computes with float32 activations, as `QLinear` does; 4 quantizes them to int8, faster, and about 1e-2 off: not within the parity
     that `check` asks for on every model. `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second
     file, `<out>.data`.
