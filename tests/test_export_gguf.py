@@ -107,7 +107,7 @@ def tiny(config, scheme: str | None = None):
 
 def decoded(path) -> dict[str, np.ndarray]:
     """Every tensor of the file as float32, by ggml's own Python code."""
-    gguf = pytest.importorskip("gguf", reason="the extra `export` is not installed")
+    gguf = pytest.importorskip("gguf", reason="the extra `test` is not installed")
     found = {}
     for t in gguf.GGUFReader(path).tensors:
         shape = tuple(reversed(t.shape.tolist()))
@@ -120,7 +120,7 @@ def decoded(path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind, scheme", [(Q4_0, "int4-g32"), (Q4_1, "uint4-g32"), (Q8_0, "int8-g32"), (MXFP4, "mxfp4-g32")])
 def test_blocks_are_ggmls_own(kind, scheme):
-    gguf = pytest.importorskip("gguf", reason="the extra `export` is not installed")
+    gguf = pytest.importorskip("gguf", reason="the extra `test` is not installed")
     q = round_to_nearest(torch.randn(6, 128, generator=torch.Generator().manual_seed(0)), QuantScheme.parse(scheme))
     raw = blocks(kind, q.codes(), q.scales, q.offsets)
     assert raw.shape == (6, kind.row_bytes(128))
@@ -151,7 +151,7 @@ def test_what_is_written_is_read_back_and_by_ggmls_reader(tmp_path):
     assert again == metadata
     assert np.array_equal(tensors["a"].values(), a) and np.array_equal(tensors["b"].values(), b)
     assert all(t.offset % 32 == 0 for t in tensors.values())
-    gguf = pytest.importorskip("gguf", reason="the extra `export` is not installed")
+    gguf = pytest.importorskip("gguf", reason="the extra `test` is not installed")
     reader = gguf.GGUFReader(path)
     assert {k: reader.get_field(k).contents() for k in metadata} == metadata
     assert np.array_equal(reader.tensors[0].data, a) and np.array_equal(reader.tensors[1].data, b)

@@ -492,13 +492,12 @@ def test_a_person_can_ask_stop_and_see_that_nothing_left(page, tmp_path):
         tab.press("#prompt", "Enter")
         tab.locator("#stop").click()
         tab.locator(".figures:not(:empty)").nth(1).wait_for()
-        assert tab.locator(".figures").nth(1).inner_text().endswith(("stopped", "ms"))
         stopped = tab.evaluate("""async () => {
             const answer = edgelab.answer("x", { limit: 200, temperature: 5, chat: false });
             setTimeout(() => document.querySelector("#stop").dispatchEvent(new Event("click")), 0);
             return answer;
         }""")
-        assert stopped["ended"] in ("limit", "stop", "stopped", "context")
+        assert stopped["ended"] == "stopped"
         assert tab.locator("#memory").inner_text() != "–" and int(tab.locator("#local").inner_text()) > 8
         assert opened.asked == [] and opened.errors == []
         tried = tab.evaluate("edgelab.tryToLeak()")

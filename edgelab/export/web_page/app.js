@@ -262,7 +262,7 @@ $("ask").addEventListener("submit", event => {
 $("stop").addEventListener("click", stop);
 
 function stop() {
-  if (current) worker.postMessage({ what: "stop" });
+  worker.postMessage({ what: "stop" });
 }
 
 /** What is sent for `text`, or null where the task cannot use it: a sum gets its form, other texts stay as they are. */
