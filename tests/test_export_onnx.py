@@ -357,5 +357,5 @@ def test_embedded_model(tmp_path):
         compress(load(paths.data_dir() / "edge-moe"), Recipe.uniform("int4-g32"), progress=False).model, tmp_path / "edge-moe.onnx"
     )
     assert result.parity["cosine"] >= 0.9999 and result.expert_share == 1.0
-    assert result.bytes < 1.06 * result.predicted_bytes  # the graph of 192 expert products and what is around them
+    assert result.bytes <= 1.03 * result.predicted_bytes  # the graph of 96 expert products and what is around them
     assert result.bits_per_weight < 5
