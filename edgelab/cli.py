@@ -1,31 +1,46 @@
-"""The command line: `edgelab demo | compress | evaluate | compare | export | serve | info | doctor`.
+"""The command line: `edgelab demo | compress | evaluate | compare | info | doctor`, and what `cli_export` adds.
 
 A thin view: each command reads its arguments, calls the pipeline and prints what it measured. Bad input ends with one
 sentence on stderr and exit code 2 (set EDGELAB_DEBUG=1 for the traceback); a check that failed ends with 1. torch is
 imported inside the commands, so that `--help` comes at once.
 """
 
-import functools
 import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from edgelab import __version__, words
-from edgelab.export import TARGETS, ExportError
+from edgelab import __version__, cli_export, words
+from edgelab.console import (
+    CalibrationData,
+    CalibrationTokens,
+    CheckFailedError,
+    Force,
+    MaxDocs,
+    Seed,
+    Steps,
+    Threads,
+    context_of,
+    err_console,
+    guarded,
+    local_only,
+    may_write,
+    one_tokenizer,
+    out_console,
+    print_coverage,
+    print_report,
+    print_table,
+    read_calibration,
+    read_documents,
+    say,
+    set_threads,
+    staged,
+    tokenizer_of,
+)
 from edgelab.recipe import Recipe
-from edgelab.report import Report, machine
+from edgelab.report import machine
 
 app = typer.Typer(
     name="edgelab",
@@ -35,117 +50,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Make a language model small enough for a phone, and measure what it costs: compress, evaluate, export.",
 )
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
-
 MARKER = "edgelab-demo.json"  # a folder that holds it was written by `edgelab demo` and may be overwritten
-
-
-class CheckFailedError(Exception):
-    """Something was measured and is not as it must be: exit code 1."""
-
-
-def _expected(error: Exception) -> bool:
-    """Bad input or a broken model or data set (numbers that overflow are ArithmeticErrors); anything else is our mistake."""
-    return isinstance(error, ValueError | OSError | ArithmeticError) or type(error).__module__.split(".")[0] == "datasets"
-
-
-def _guarded(command: Callable) -> Callable:
-    """`command` with its expected errors turned into one sentence and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except CheckFailedError as error:
-            code, said = 1, f"Failed: {error}"
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("edgelab"):
-                raise
-            code, said = 2, f"Error: the package {error.name!r} is missing; `edgelab doctor` says what it is for and how to install it"
-        except ExportError as error:
-            code, said = 1, f"Failed: {error}"
-        except Exception as error:
-            if os.environ.get("EDGELAB_DEBUG") or not _expected(error):
-                raise
-            code, said = 2, f"Error: {error}"
-        err_console.print(said, markup=False, style="bold red", soft_wrap=True)
-        raise typer.Exit(code)
-
-    return run
-
-
-# --------------------------------------------------------------------------------------------------- arguments
-
-Threads = Annotated[int, typer.Option("--threads", help="Threads for torch and numba; 0: all usable cores.", min=0)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the bootstrap and of the choice of documents.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is at --out.")]
-CalibrationData = Annotated[
-    str | None, typer.Option("--data", help="Text to calibrate on, as for evaluate; of it the calibration split. By default the corpus'.")
-]
-CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="At most so many tokens of it.", min=1)]
-MaxDocs = Annotated[int, typer.Option("--max-docs", help="Documents per domain; 0: all.", min=0)]
-
-
-class Target(StrEnum):
-    onnx = "onnx"
-    gguf = "gguf"
-    web = "web"
-
-
-def _threads(n: int) -> int:
-    """Set the threads of torch and numba and return their number."""
-    import numba
-    import torch
-
-    from edgelab.doctor import usable_cores
-
-    n = min(n or usable_cores(), numba.config.NUMBA_NUM_THREADS)
-    torch.set_num_threads(n)
-    numba.set_num_threads(n)
-    return n
-
-
-def _may_write(out: Path, force: bool, *, ours: str, models: Iterable[str | Path] = ()) -> None:
-    """Make sure, without touching anything, that `out` may be written: what lies there stays until its successor is whole.
-
-    `ours` is the file that marks a folder as one that we may replace. Raises FileExistsError, and ValueError when `out`
-    is, holds or lies in one of `models`.
-    """
-    here = out.resolve()
-    for model in models:
-        if Path(model).exists():
-            there = Path(model).resolve()
-            if here == there or here in there.parents or there in here.parents:
-                how = "is" if here == there else "holds" if here in there.parents else "lies in"
-                raise ValueError(f"--out {out} {how} the model {model}, which would be overwritten or changed; choose another place")
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-    elif not force:
-        raise FileExistsError(f"--out {out} exists already; choose another place, or give --force to overwrite it")
-    elif out.is_dir() and any(out.iterdir()) and not (out / ours).is_file():
-        raise FileExistsError(f"--out {out} is a folder that edgelab did not write (it holds no {ours}); --force does not delete it")
-
-
-@contextmanager
-def _staged(out: Path):
-    """A new folder beside `out` that takes its place at the end; after an error `out` is as it was, and the new one gone."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        whole = staging / out.name
-        whole.mkdir()
-        yield whole
-        if out.exists():
-            out.rename(staging / "previous")
-            try:
-                whole.rename(out)
-            except BaseException:
-                (staging / "previous").rename(out)
-                raise
-        else:
-            whole.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _recipe(
@@ -169,136 +74,6 @@ def _recipe(
         raise ValueError(f"--recipe {file} is not a recipe: {error}; `Recipe.uniform('int4-g32').to_json()` shows the form") from error
 
 
-def _local_only(*names: str | Path) -> None:
-    """Where all of `names` are on this disk, the hub is never needed: tell transformers and datasets not to try."""
-    if all(Path(name).exists() for name in names):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece.*", "tekken.json", "*.tiktoken")
-
-
-def _tokenizer(name: str):
-    """The tokenizer of the model `name`, None (and a line that says so) where it has none.
-
-    From a folder without a tokenizer's files transformers makes an empty one for some architectures and fails for
-    others; neither is wanted. Raises what loading raises where the files are there but do not load.
-    """
-    from edgelab.model import load_tokenizer
-
-    why = "its folder holds no tokenizer file"
-    local = Path(name).is_dir()
-    if not local or any(f for pattern in _TOKENIZER_FILES for f in Path(name).glob(pattern)):
-        try:
-            tokenizer = load_tokenizer(name)
-            if len(tokenizer) > 1:
-                return tokenizer
-            why = f"the one that loads knows {len(tokenizer)} token"
-        except (ValueError, OSError) as error:
-            if local:
-                raise
-            why = str(error).splitlines()[0]  # a network that fails will fail again, and stop us, when the weights are asked for
-    elif not (Path(name) / "config.json").is_file():
-        return None  # no model either; loading it says what is wrong
-    err_console.print(f"Note: {name} comes without a tokenizer: {why}", markup=False, style="yellow", soft_wrap=True)
-    return None
-
-
-def _one_tokenizer(models: list[str]):
-    """The tokenizer that all of `models` share; one without its own is taken to use the others'. Raises ValueError."""
-    found = {name: tokenizer for name in models if (tokenizer := _tokenizer(name)) is not None}
-    if not found:
-        raise ValueError(f"{models[0]} has no tokenizer; put its files (tokenizer.json, tokenizer_config.json) beside config.json")
-    (first, tokenizer), *others = found.items()
-    vocabulary = tokenizer.get_vocab()
-    for name, other in others:
-        if (theirs := other.get_vocab()) != vocabulary:
-            differ = len(dict(vocabulary.items() ^ theirs.items()))
-            raise ValueError(
-                f"{name} and {first} have different tokenizers ({len(theirs):,} and {len(vocabulary):,} tokens, {differ:,} differ): "
-                "their figures per token cannot be compared; evaluate them one at a time and compare bits per byte"
-            )
-    return tokenizer
-
-
-def _documents(source: str | None):
-    """The embedded corpus' test split, or all documents of any source that `edgelab.data.from_source` reads."""
-    import datasets
-
-    from edgelab.data import corpus, from_source
-
-    if source is None:
-        return corpus()["test"]
-    splits = from_source(source, label=Path(source).stem or "text")
-    return datasets.concatenate_datasets([part for part in splits.values() if len(part)])
-
-
-def _calibration(tokenizer, model: str, source: str | None, tokens: int, context: int, split: str = "calibration") -> list:
-    """Batches of tokens of the embedded corpus' calibration (or training) split, or of that of any other source."""
-    from edgelab.data import calibration_batches, corpus, from_source
-
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, and this recipe has to see text: put its files beside config.json")
-    splits = corpus() if source is None else from_source(source, label=Path(source).stem or "text")
-    return calibration_batches(tokenizer, splits[split], tokens=tokens, context=context)
-
-
-def _context(models: Iterable, asked: int | None) -> int:
-    """Tokens of a window: `asked`, or 512; never more than the positions that every one of `models` has."""
-    configs = [getattr(m.config, "get_text_config", lambda m=m: m.config)() for m in models]
-    most = min((n for c in configs if (n := getattr(c, "max_position_embeddings", None))), default=None)
-    if asked is not None and most is not None and asked > most:
-        raise ValueError(f"--context {asked} is more than the {most} positions that the models have")
-    return asked or min(512, most or 512)
-
-
-# ------------------------------------------------------------------------------------------------------- print
-
-
-def _print_table(rows: list[dict[str, str]], title: str, *, right: Iterable[str] = ()) -> None:
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(row.get(c, "")) for c in columns))  # or rich would read [lab] as markup
-    out_console.print(table, markup=False) if out_console.is_terminal else Console(width=200, highlight=False).print(table)
-    out_console.print()
-
-
-def _print_report(report: Report, title: str) -> None:
-    _print_table(words.table(report), title, right=report.models())
-
-
-def _print_coverage(coverage, title: str) -> None:
-    _print_table(coverage.table(), title, right=("parameters", "touched", "bytes", "bits per weight"))
-    out_console.print(words.say_coverage(coverage) + "\n", markup=False, soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    """A detail below the line of its step."""
-    out_console.print(f"      {text}", markup=False, soft_wrap=True)
-
-
-class _Steps:
-    """Prints a numbered line per step and, when it ends, the seconds it took."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.started = total, 0, time.perf_counter()
-
-    @contextmanager
-    def __call__(self, text: str):
-        self.done += 1
-        started = time.perf_counter()
-        out_console.print(f"[{self.done}/{self.total}] {text}", markup=False, soft_wrap=True, style="bold")
-        yield
-        out_console.print(f"      done in {time.perf_counter() - started:.1f} s", markup=False, style="dim")
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-
 # ---------------------------------------------------------------------------------------------------- commands
 
 
@@ -314,7 +89,7 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 
 @app.command()
-@_guarded
+@guarded
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the bundle, the ONNX file and the report.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer documents: wider intervals, done in a fraction of the time.")] = False,
@@ -331,14 +106,14 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     source = data_dir() / "edge-moe"
-    _may_write(out, force or (out / MARKER).is_file(), ours=MARKER, models=(source,))
-    with _staged(out) as folder:
+    may_write(out, force or (out / MARKER).is_file(), ours=MARKER, models=(source,))
+    with staged(out) as folder:
         _demo(source, folder, out, quick=quick, threads=threads, seed=seed)
 
 
 def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, seed: int) -> None:
     """The steps of the demo: everything is written into `folder`, which becomes `out` afterwards."""
-    steps = _Steps(6)
+    steps = Steps(6)
     (folder / MARKER).write_text(json.dumps({"edgelab": __version__, "seed": seed, "quick": quick}), encoding="utf-8")
 
     with steps("Load the embedded mixture-of-experts model and build its corpus from this Python installation"):
@@ -353,20 +128,20 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
         from edgelab.model import load, load_tokenizer
         from edgelab.paths import data_dir
 
-        n_threads = _threads(threads)
+        n_threads = set_threads(threads)
         model, tokenizer = load(source), load_tokenizer(source)
         corpus = data.corpus()
         test = corpus["test"]
         sizes = ", ".join(f"{name} {len(part):,}" for name, part in corpus.items())
-        _say(f"{type(model).__name__}, {audit(model).parameters:,} parameters; documents: {sizes}")
+        say(f"{type(model).__name__}, {audit(model).parameters:,} parameters; documents: {sizes}")
 
     recipes = {"int8": Recipe.uniform("int8-row"), "int4": Recipe.uniform("int4-g32")}
     with steps("Compress every weight matrix, the fused expert stacks included: int8 per row, int4 in groups of 32"):
         compressed = {name: compress(model, recipe) for name, recipe in recipes.items()}
         for name, c in compressed.items():
-            _say(f"{name}: {c.coverage!r}")
+            say(f"{name}: {c.coverage!r}")
         phone, phone_coverage = load_bundle(data_dir() / "edge-phone"), coverage_of(data_dir() / "edge-phone")
-        _say(f"phone (half of the experts, then learning: made beforehand by python -m edgelab.phone): {phone_coverage!r}")
+        say(f"phone (half of the experts, then learning: made beforehand by python -m edgelab.phone): {phone_coverage!r}")
 
     with steps("Evaluate all four on text that the model never saw"):
         max_docs = {"prose": 8, "code": 8, "assistant": 40, "arithmetic": 80} if quick else dict(QUICK_DOCS)
@@ -385,7 +160,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
         with torch.no_grad():
             difference = (again(ids).logits - int4.model(ids).logits).abs().max().item()
         saved = coverage_of(bundle)
-        _say(
+        say(
             f"{saved.file_bytes:,} bytes on disk, {saved.predicted_bytes:,} predicted ({saved.file_error:+.2%}), "
             f"{saved.file_bytes / sizes['fp']:.3f} of the "
             f"original's; hashes match; the reloaded model's logits differ by at most {difference:.1e}"
@@ -396,7 +171,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
     with steps("Export the same int4 codes to ONNX and run them in ONNX Runtime"):
         exported = export(again, folder / "int4.onnx")
         told = {line["item"]: line["value"] for line in exported.table()}
-        _say(f"{told['logits against torch']}; {told['verified by']}")
+        say(f"{told['logits against torch']}; {told['verified by']}")
 
     with steps("Write the report"):
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
@@ -419,10 +194,10 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
         page.write(folder / "report.html", "edgelab demo: a mixture-of-experts model in 4 bits", lead, sections)
 
     out_console.print()
-    _print_report(report, f"Measured here, with 95 % intervals in brackets: {words.INTERVALS}")
+    print_report(report, f"Measured here, with 95 % intervals in brackets: {words.INTERVALS}")
     out_console.print(words.ORIGINAL_SIZE + "\n", markup=False, soft_wrap=True)
-    _print_coverage(saved, "Coverage audit of int4")
-    _print_table(exported.table(), "ONNX file, verified in ONNX Runtime")
+    print_coverage(saved, "Coverage audit of int4")
+    print_table(exported.table(), "ONNX file, verified in ONNX Runtime")
     out_console.print(
         f"bundle   {out / 'int4'}\nONNX     {out / 'int4.onnx'}\nreport   {(out / 'report.html').resolve().as_uri()}",
         markup=False,
@@ -432,7 +207,7 @@ def _demo(source: Path, folder: Path, out: Path, *, quick: bool, threads: int, s
 
 
 @app.command()
-@_guarded
+@guarded
 def compress(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the bundle to.")],
@@ -474,43 +249,43 @@ def compress(
     distillation, learning with rounding, other routing.
     """
     chosen = _recipe(recipe, scheme, method, activations, budget)
-    _may_write(out, force, ours="edgelab.json", models=(model,))
-    _local_only(model, *([] if data is None else [data]))
+    may_write(out, force, ours="edgelab.json", models=(model,))
+    local_only(model, *([] if data is None else [data]))
     from edgelab.bundle import save_bundle, verify_bundle
     from edgelab.compress import compress as run
     from edgelab.compress import plan
     from edgelab.model import load
 
-    n_threads = _threads(threads)
-    tokenizer = _tokenizer(model)  # first: what is missing shows before the work
+    n_threads = set_threads(threads)
+    tokenizer = tokenizer_of(model)  # first: what is missing shows before the work
     if stream:
         from edgelab.bundle import coverage_of
         from edgelab.stream import compress_checkpoint
 
         bundle = compress_checkpoint(model, out, chosen, tokenizer=tokenizer, threads=n_threads)
-        _print_coverage(coverage_of(bundle), f"Coverage audit, recipe {chosen.digest}")
+        print_coverage(coverage_of(bundle), f"Coverage audit, recipe {chosen.digest}")
         out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
         return
     loaded, calibration = load(model), None
     plan(loaded, chosen)  # before the corpus is read, which takes longer
     training, folder = None, work or out.with_name(out.name + ".work")
     if not chosen.data_free:
-        calibration = _calibration(tokenizer, model, data, tokens, _context([loaded], None))
+        calibration = read_calibration(tokenizer, model, data, tokens, context_of([loaded], None))
     if chosen.learns:
-        training = _calibration(tokenizer, model, data, training_tokens, min(256, _context([loaded], None)), split="train")
-        _say(f"checkpoints and curves of the learning steps: {folder}")
+        training = read_calibration(tokenizer, model, data, training_tokens, min(256, context_of([loaded], None)), split="train")
+        say(f"checkpoints and curves of the learning steps: {folder}")
     settings = {"folder": folder} if chosen.learns else {"inplace": True}
     result = run(loaded, chosen, calibration=calibration, training=training, **settings)
     for remark in result.remarks:
         err_console.print(f"Note: {remark}", markup=False, style="yellow", soft_wrap=True)
     bundle = save_bundle(result.model, tokenizer, out, recipe=chosen, coverage=result.coverage)  # replaces an old one when whole
     verify_bundle(bundle)
-    _print_coverage(result.coverage, f"Coverage audit, recipe {chosen.digest}")
+    print_coverage(result.coverage, f"Coverage audit, recipe {chosen.digest}")
     out_console.print(f"bundle   {bundle}", markup=False, soft_wrap=True)
 
 
 @app.command()
-@_guarded
+@guarded
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or bundles; the first is the baseline unless --baseline says otherwise.")],
     baseline: Annotated[str | None, typer.Option("--baseline", help="The model that the others are compared with.")] = None,
@@ -542,24 +317,24 @@ def evaluate(
         if out.suffix != ".json":
             raise ValueError(f"--out {out} must end in .json; the page is written beside it as .html")
         for file in (out, out.with_suffix(".html")):
-            _may_write(file, force, ours="edgelab.json", models=models)
-    _local_only(*models, *([] if data is None else [data]))
-    tokenizer = _one_tokenizer(models)
-    documents = _documents(data)
+            may_write(file, force, ours="edgelab.json", models=models)
+    local_only(*models, *([] if data is None else [data]))
+    tokenizer = one_tokenizer(models)
+    documents = read_documents(data)
     from edgelab import page
     from edgelab.data import fingerprint as text_fingerprint
     from edgelab.doctor import fingerprint
     from edgelab.evaluate import evaluate as run
     from edgelab.model import load
 
-    n_threads = _threads(threads)
+    n_threads = set_threads(threads)
     names = _short_names(models)
     loaded = {short: load(name) for short, name in names.items()}
     if int8:
         loaded = _with_int8(loaded)
-    context = _context(loaded.values(), context)
+    context = context_of(loaded.values(), context)
     report = run(loaded, tokenizer, documents, max_docs=max_docs or None, context=context, stride=stride, seed=seed)
-    _print_report(report, f"Measured here, against {next(iter(names))}, with 95 % intervals in brackets: {words.INTERVALS}")
+    print_report(report, f"Measured here, against {next(iter(names))}, with 95 % intervals in brackets: {words.INTERVALS}")
     if out is not None:
         _write_text(out, report.to_json())
         facts = {
@@ -575,7 +350,7 @@ def evaluate(
 
 
 @app.command()
-@_guarded
+@guarded
 def compare(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model in floating point, or its name on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the lines and the table; a comparison that was stopped goes on there.")],
@@ -621,8 +396,8 @@ def compare(
     if len(set(stems)) < len(stems):
         raise ValueError(f"--recipe: two files are called {max(stems, key=stems.count)!r}, and their lines would be too; rename one")
     own = {file.stem: _recipe(file, None) for file in recipe or ()}
-    _local_only(model, *([] if data is None else [data]))
-    tokenizer = _one_tokenizer([model])
+    local_only(model, *([] if data is None else [data]))
+    tokenizer = one_tokenizer([model])
     from edgelab import peers as tools
     from edgelab.data import corpus, from_source
 
@@ -632,14 +407,14 @@ def compare(
         name, _, method = text.partition(":")
         by_peer.setdefault(name, []).append(method or tools.peer(name).methods[0])
     splits = corpus() if data is None else from_source(data, label=Path(data).stem or "text")
-    n_threads = _threads(threads)
-    context = _context([SimpleNamespace(config=AutoConfig.from_pretrained(model, trust_remote_code=False))], context)
+    n_threads = set_threads(threads)
+    context = context_of([SimpleNamespace(config=AutoConfig.from_pretrained(model, trust_remote_code=False))], context)
     made = run(
-        model, tokenizer, splits["test"], _calibration(tokenizer, model, data, tokens, context),
+        model, tokenizer, splits["test"], read_calibration(tokenizer, model, data, tokens, context),
         methods=list(METHODS) if methods == "all" else methods.split(","), bits=widths, group=group, recipes=own, peers=by_peer,
         out=out, max_docs=max_docs or None, context=context, threads=n_threads, seed=seed,
     )  # fmt: skip
-    _print_table(made.table(), f"Measured here, against the original, with 95 % intervals in brackets: {words.INTERVALS}")
+    print_table(made.table(), f"Measured here, against the original, with 95 % intervals in brackets: {words.INTERVALS}")
     for line in made.lines:
         for note in line.notes:
             out_console.print(f"{line.name}: {note}", markup=False, style="dim", soft_wrap=True)
@@ -683,59 +458,13 @@ def _short_names(models: list[str]) -> dict[str, str]:
 
 
 @app.command()
-@_guarded
-def export(
-    bundle: Annotated[str, typer.Argument(help="A bundle written by `edgelab compress`, or a model.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write; a folder for web, and for several targets.")],
-    target: Annotated[list[Target] | None, typer.Option("--target", help="The format; may be given several times. Default: onnx.")] = None,
-    cache: Annotated[bool, typer.Option("--cache", help="ONNX with keys and values of the past as inputs, for generation.")] = False,
-    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Run what was written in the target's own runtime.")] = True,
-    threads: Threads = 0,
-    force: Force = False,
-) -> None:
-    """Write BUNDLE for other runtimes, run it there, and compare its logits with torch's on the same codes."""
-    targets = list(dict.fromkeys(target or [Target.onnx]))
-    if len(targets) > 1:
-        places = {t: out / TARGETS[t.value] for t in targets}
-    elif targets[0] is not Target.web and out.suffix != f".{targets[0].value}":
-        raise ValueError(f"--out {out} must end in .{targets[0].value} for --target {targets[0].value}")
-    else:
-        places = {targets[0]: out}
-    for place in places.values():
-        _may_write(place, force, ours="web.json", models=(bundle,))
-    _local_only(bundle)
-    from edgelab.export import export as run
-    from edgelab.model import load
-
-    _threads(threads)
-    model = load(bundle)
-    for t, place in places.items():
-        settings = {Target.onnx: {"cache": cache}}.get(t, {"tokenizer": _tokenizer(bundle)})
-        exported = run(model, t.value, place, check=check, **settings)
-        _print_table(exported.table(), f"{t.value}, verified in its own runtime" if check else f"{t.value}, not verified")
-        out_console.print(f"{'folder' if place.is_dir() else 'file  '}   {place}", markup=False, soft_wrap=True)
-
-
-@app.command()
-@_guarded
-def serve(
-    folder: Annotated[Path, typer.Argument(help="A folder that `edgelab export --target web` wrote.")],
-    port: Annotated[int, typer.Option("--port", help="On 127.0.0.1.", min=1, max=65535)] = 8765,
-) -> None:
-    """Serve the page in FOLDER to this machine alone, until Ctrl-C."""
-    from edgelab.export.web import serve as run
-
-    run(folder, port)
-
-
-@app.command()
-@_guarded
+@guarded
 def info(
     model: Annotated[str, typer.Argument(help="A model's folder, its name on the hub, or a bundle.")],
     weights: Annotated[bool, typer.Option("--weights", help="List every stored tensor, not only the sum per role.")] = False,
 ) -> None:
     """Say what MODEL is made of: family, weights by role, bits, bytes; for a bundle its recipe, and whether its files are whole."""
-    _local_only(model)
+    local_only(model)
     from edgelab.compress import audit
     from edgelab.model import FAMILIES, family_of, load
 
@@ -755,8 +484,8 @@ def info(
             }
             for r in coverage.rows
         ]
-        _print_table(rows, "Stored tensors", right=("bytes",))
-    _print_coverage(coverage, "Weights by role")
+        print_table(rows, "Stored tensors", right=("bytes",))
+    print_coverage(coverage, "Weights by role")
     if (Path(model) / "edgelab.json").is_file():
         from edgelab.bundle import read_manifest, verify_bundle
 
@@ -768,20 +497,23 @@ def info(
 
 
 @app.command()
-@_guarded
+@guarded
 def doctor() -> None:
     """Examine this machine: packages against the tested versions, CPU features, memory, and whether it works without a network."""
     from edgelab.doctor import examine, fingerprint
     from edgelab.doctor import table as doctor_table
 
-    _print_table([{"what": k, "value": v} for k, v in fingerprint().items()], "This machine")
+    print_table([{"what": k, "value": v} for k, v in fingerprint().items()], "This machine")
     checks = examine()
-    _print_table(doctor_table(checks), "Examination")
+    print_table(doctor_table(checks), "Examination")
     failed = [c.name for c in checks if c.status == "fail"]
     if failed:
         raise CheckFailedError(f"{', '.join(failed)}: see the way out beside each")
     out_console.print("All that is needed is here.", markup=False)
 
+
+app.registered_commands += cli_export.app.registered_commands
+app.registered_groups += cli_export.app.registered_groups
 
 if __name__ == "__main__":
     app()

@@ -328,7 +328,7 @@ class Kind:
     config: str | None = None
 
 
-_QUICK = 1.702  # gelu(x) ~ x sigmoid(1.702 x): Hendrycks and Gimpel 2016, section 2
+QUICK = 1.702  # gelu(x) ~ x sigmoid(1.702 x): Hendrycks and Gimpel 2016, section 2
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -337,9 +337,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "gelu": Kind(F.gelu, frozenset({"Gelu"}), "gelu"),
         "gelu_erf": Kind(lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5)), frozenset({"Mul", "Add", "Erf"})),
         "gelu_tanh": Kind(lambda x: F.gelu(x, approximate="tanh"), frozenset({"Mul", "Add", "Tanh"}), "gelu_pytorch_tanh"),
-        "quick_gelu": Kind(lambda x: x * torch.sigmoid(_QUICK * x), frozenset({"Mul", "Sigmoid"}), "quick_gelu"),
-        "scaled_gelu": Kind(lambda x: _QUICK * F.gelu(x / _QUICK), frozenset({"Mul", "Gelu"})),
-        "scaled_quick_gelu": Kind(lambda x: _QUICK * ((x / _QUICK) * torch.sigmoid(_QUICK * (x / _QUICK))), frozenset({"Mul", "Sigmoid"})),
+        "quick_gelu": Kind(lambda x: x * torch.sigmoid(QUICK * x), frozenset({"Mul", "Sigmoid"}), "quick_gelu"),
+        "scaled_gelu": Kind(lambda x: QUICK * F.gelu(x / QUICK), frozenset({"Mul", "Gelu"})),
+        "scaled_quick_gelu": Kind(lambda x: QUICK * ((x / QUICK) * torch.sigmoid(QUICK * (x / QUICK))), frozenset({"Mul", "Sigmoid"})),
         "hardswish": Kind(F.hardswish, frozenset({"HardSwish"}), "hardswish"),
         "mul_relu6": Kind(lambda x: x * (x + 3).clamp(0, 6) / 6, frozenset({"Mul", "Add", "Clip"})),
         "relu": Kind(F.relu, frozenset({"Relu"}), "relu"),
@@ -542,9 +542,11 @@ def fall_back(model: nn.Module, rule: "str | Fallback") -> Replaced:
     for owner, attribute, name, kind in list(_held(twin)):
         if kind != r.source:
             continue
-        is_module = attribute in owner._modules
-        new = _MODULES.get(r.target, lambda: Activation(r.target))()
-        (owner._modules if is_module else vars(owner))[attribute] = new.train(owner.training) if is_module else KINDS[r.target].function
+        is_module, function = attribute in owner._modules, KINDS[r.target].function
+        new = _MODULES.get(r.target, lambda: Activation(r.target))().train(owner.training)
+        if not is_module and kind_of(function) == r.target:  # one without a name would not be known again, by an exporter say
+            new = function
+        (owner._modules if is_module else vars(owner))[attribute] = new
         if isinstance(owner, QExperts):
             owner._is_swiglu = r.target == "silu" and owner._is_swiglu  # the kernel that does all in one call has SiLU built in
         if name not in changed:

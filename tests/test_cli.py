@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgelab import cli, page
+from edgelab import cli, console, page
 from edgelab.paths import data_dir
 from edgelab.recipe import Recipe
 from edgelab.report import Report
@@ -171,14 +171,14 @@ def test_what_is_replaced_stays_until_its_successor_is_whole(model, bundle, tmp_
 
 def test_a_staged_folder_replaces_the_old_one_at_the_end_or_not_at_all(tmp_path):
     out = tmp_path / "demo"
-    with cli._staged(out) as folder:
+    with console.staged(out) as folder:
         (folder / "a").write_text("first")
         assert not out.exists()
-    with pytest.raises(RuntimeError), cli._staged(out) as folder:
+    with pytest.raises(RuntimeError), console.staged(out) as folder:
         (folder / "a").write_text("half")
         raise RuntimeError
     assert contents(tmp_path) == {"demo/a": b"first"}
-    with cli._staged(out) as folder:
+    with console.staged(out) as folder:
         (folder / "b").write_text("second")
         assert contents(out) == {"a": b"first"}
     assert contents(tmp_path) == {"demo/b": b"second"}
@@ -227,7 +227,7 @@ def test_a_broken_tokenizer_is_no_missing_one(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "broken")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(Exception):  # noqa: B017 (which of its errors is the tokenizer library's choice)
-        cli._tokenizer(str(folder))
+        console.tokenizer_of(str(folder))
 
 
 def test_models_with_different_tokenizers_are_not_compared(model, without_tokenizer, text, tmp_path):
@@ -240,14 +240,14 @@ def test_models_with_different_tokenizers_are_not_compared(model, without_tokeni
     said = edgelab("evaluate", model, other, "--data", text, code=2).output.replace("\n", " ")
     assert "different tokenizers" in said and "1 differ" in said
     assert "has no tokenizer" in edgelab("evaluate", without_tokenizer, "--data", text, code=2).output.replace("\n", " ")
-    assert cli._one_tokenizer([str(without_tokenizer), str(model)]).get_vocab() == load_tokenizer(model).get_vocab()
+    assert console.one_tokenizer([str(without_tokenizer), str(model)]).get_vocab() == load_tokenizer(model).get_vocab()
 
 
 def test_the_hub_is_ruled_out_only_when_everything_is_here(model, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    cli._local_only(model, "org/name")
+    console.local_only(model, "org/name")
     assert "HF_HUB_OFFLINE" not in os.environ
-    cli._local_only(model)
+    console.local_only(model)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
@@ -259,7 +259,7 @@ def test_numbers_that_overflow_end_with_a_sentence_and_our_mistakes_do_not(monke
     assert "logits hold 3 NaN" in edgelab("evaluate", "any", code=2).output
     from datasets.exceptions import DatasetGenerationError
 
-    assert cli._expected(DatasetGenerationError("x")) and not cli._expected(TypeError("x"))
+    assert console.expected(DatasetGenerationError("x")) and not console.expected(TypeError("x"))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_evaluate_says_what_is_wrong_with_the_data(model, tmp_path, name, conten
 def test_evaluate_reads_jsonl_with_domains(tmp_path):
     rows = [{"text": f"say {i}", "domain": "mine", "prompt": "say ", "answer": str(i)} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = cli._documents(str(tmp_path / "d.jsonl"))
+    data = console.read_documents(str(tmp_path / "d.jsonl"))
     assert data["domain"][:] == ["mine"] * 3 and sorted(data["answer"]) == ["0", "1", "2"]
 
 

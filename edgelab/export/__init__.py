@@ -82,6 +82,8 @@ class ExportResult:
 
 
 TARGETS = {"onnx": "model.onnx", "gguf": "model.gguf", "web": "web"}  # and what it is called in a folder
+MARKS = {"web": "web.json"}  # of targets that are folders: the file by which one of ours is known
+WITH_TOKENIZER = ("gguf", "web")
 
 
 def export(model, target: str, out: str | Path, **settings) -> ExportResult:
@@ -96,6 +98,23 @@ def export(model, target: str, out: str | Path, **settings) -> ExportResult:
 def verify(result: ExportResult, model, **settings) -> ExportResult:
     """`result` verified again: its file opened in the target's own runtime and held against `model`. Raises ExportError."""
     return _module(result.target).verify(result, model, **settings)
+
+
+def written_at(path: str | Path) -> ExportResult:
+    """What `export` wrote at `path`, without its figures: `verify` fills them in. Raises ExportError where it is no file of ours."""
+    path = Path(path)
+    if not path.exists():
+        raise ExportError(f"{path} does not exist")
+    suffixes = {Path(name).suffix: target for target, name in TARGETS.items() if Path(name).suffix}
+    target = next((t for t, mark in MARKS.items() if (path / mark).is_file()), None) or suffixes.get(path.suffix)
+    if target is None:
+        known = [*suffixes, *(f"a folder with {mark}" for mark in MARKS.values())]
+        raise ExportError(f"{path} is nothing that `export` writes; it writes {', '.join(known)}")
+    if target in MARKS:
+        files = tuple(sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: (f.name != "index.html", str(f))))
+    else:
+        files = (path, *(f for f in [path.with_name(f"{path.name}.data")] if f.is_file()))
+    return ExportResult(target, files, sum(f.stat().st_size for f in files), 0, 0, 0, 0, 0)
 
 
 def _module(target: str):

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from edgelab.export import ExportError, ExportResult
 from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.fold import activations
 from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
 from edgelab.mixed_experts import QExpertsMixed
 from edgelab.qtensor import QTensor, pack, unpack
@@ -788,6 +789,8 @@ def export(
         _runtime()  # before the work
     config = model.config.get_text_config()
     _refuse_config(config)
+    if other := sorted(set(activations(model).values()) - {"silu"}):
+        raise ExportError(f"{', '.join(other)}: llama.cpp's {ARCHITECTURES[config.model_type].name} computes with silu only")
     refuse_other_arithmetic(model, symmetric_only=False)  # GGUF has homes for more: see `_type_of`
     if mla is None:
         mla = "whole" if any(n.endswith("kv_b_proj") and isinstance(m, Quantized) for n, m in model.named_modules()) else "latent"
@@ -937,15 +940,7 @@ def verify(
     if not as_run["cosine"] >= MIN_AS_RUN:
         raise ExportError(f"{path.name}: {notes[-1]}. A cosine below {MIN_AS_RUN} is no rounding any more")
     by = f"llama.cpp (llama-cpp-python {runtime.__version__}) CPU, {form}{' + '.join(map(str, lengths))} tokens"
-    return replace(
-        result,
-        bytes=expected.bytes,
-        weights_quantized=quantized,
-        experts_quantized=experts,
-        parity=parity,
-        verified_by=by,
-        notes=tuple(notes),
-    )
+    return replace(expected, seconds=result.seconds, parity=parity, verified_by=by, notes=tuple(notes))
 
 
 TWIN_BYTES = 2**30

@@ -53,6 +53,7 @@ from transformers import DynamicCache
 
 from edgelab.export import ExportError, ExportResult
 from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.fold import QUICK, kind_of
 from edgelab.layers import QEmbedding, QExperts, QLinear
 from edgelab.model import family_of
 from edgelab.qtensor import QTensor, pack, unpack
@@ -62,7 +63,6 @@ OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 IR_VERSION = 10  # what opset 20 was published with; a newer number locks out older runtimes for nothing
 EXPERTS = ("sparse", "rank", "qmoe", "auto")
 BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits takes no other (ONNX Runtime 1.31)
-_SILU = ("SiLU", "SiLUActivation", "silu", "swish")
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the scheme -> bits in the file
 SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; above, the weights go to a file beside
 
@@ -173,8 +173,10 @@ def _fusible(layer: _Layer) -> _Blocks:
     if weights[0].bits == 8:
         raise ExportError(f"{layer.name} has 8 bits, for which QMoE rounds the activations to int8 whatever it is told; {way_out}")
     act = getattr(layer.source, "act_fn", None)
-    if not layer.interleaved and (getattr(act, "__name__", None) or type(act).__name__) not in _SILU:
-        raise ExportError(f"{layer.name} has {type(act).__name__} between its products; QMoE as written here has SiLU; {way_out}")
+    if not layer.interleaved and kind_of(act) not in ("silu", "mul_sigmoid"):
+        raise ExportError(
+            f"{layer.name} has {kind_of(act) or type(act).__name__} between its products; QMoE as written here has SiLU; {way_out}"
+        )
     return weights[0]
 
 
@@ -452,18 +454,38 @@ class _Writer:
         attributes = {"bits": w.bits, "block_size": w.block, "gather_axis": 0, "quantize_axis": 1}
         return self.op("GatherBlockQuantized", data, ids, self.scales(w), domain="com.microsoft", **attributes)
 
-    def activation(self, x, fn: Callable):
-        kind = getattr(fn, "__name__", None) or type(fn).__name__
-        match kind:
-            case _ if kind in _SILU:
-                return self.op("Mul", x, self.op("Sigmoid", x))
-            case "GELUActivation" | "GELU" | "gelu":
-                return self.op("Gelu", x, approximate=getattr(fn, "approximate", "none"))
-            case "NewGELUActivation" | "PytorchGELUTanh" | "GELUTanh":
-                return self.op("Gelu", x, approximate="tanh")
-            case "ReLU" | "relu":
+    def activation(self, x, fn: Callable, name: str):
+        """`fn`, one of `fold.KINDS`, in the operators of opset 20; `name` for the error."""
+
+        def number(value: float):
+            return self.constant(np.array(value, np.float32), f"number[{value:.9g}]")
+
+        def gated(y, slope: float = 1.0):
+            return self.op("Mul", y, self.op("Sigmoid", y if slope == 1 else self.op("Mul", y, number(slope))))
+
+        match kind_of(fn):
+            case "silu" | "mul_sigmoid":
+                return gated(x)
+            case "gelu" | "gelu_tanh" as kind:
+                return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
+            case "gelu_erf":
+                erf = self.op("Erf", self.op("Mul", x, number(0.5**0.5)))
+                return self.op("Mul", self.op("Mul", x, number(0.5)), self.op("Add", erf, number(1)))
+            case "quick_gelu":
+                return gated(x, QUICK)
+            case "scaled_gelu":
+                return self.op("Mul", self.op("Gelu", self.op("Mul", x, number(1 / QUICK))), number(QUICK))
+            case "scaled_quick_gelu":
+                return self.op("Mul", gated(self.op("Mul", x, number(1 / QUICK)), QUICK), number(QUICK))
+            case "hardswish":
+                return self.op("HardSwish", x)
+            case "mul_relu6":
+                six = self.op("Clip", self.op("Add", x, number(3)), number(0), number(6))
+                return self.op("Mul", self.op("Mul", x, six), number(1 / 6))
+            case "relu":
                 return self.op("Relu", x)
-        raise ExportError(f"the experts' activation {kind} has no ONNX form here; SiLU, GELU and ReLU have")
+        called = getattr(fn, "__name__", None) or type(fn).__name__
+        raise ExportError(f"{name}: the experts' activation {called} has no ONNX form here; those of edgelab.fold.KINDS have")
 
     def expert(self, x, e: int, layer: _Layer):
         """[n, hidden] of the expert `e` for tokens [n, hidden]."""
@@ -480,7 +502,7 @@ class _Writer:
             inner = self.op("Mul", self.op("Add", up, one), gate)
         else:
             gate, up = self.ops("Split", wide, outputs=2, axis=-1, num_outputs=2)
-            inner = self.op("Mul", self.activation(gate, layer.source.act_fn), up)
+            inner = self.op("Mul", self.activation(gate, layer.source.act_fn, layer.name), up)
         return self.product(inner, layer, f"down.{e}")
 
     def stack(self, layer: _Layer, part: str, what: str, of_one: Callable[[str], np.ndarray]):
@@ -546,7 +568,7 @@ class _Writer:
         self.ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.nodes, [node.outputs[0]], [value])
 
 
-def _strip(ir, model, vocabulary: int, past: list[tuple[int, int]]) -> None:
+def _strip(ir, model, vocabulary: int, past: list[tuple[int, int]], fixed: tuple[int, int] | None) -> None:
     """Take out what the tracer left for debuggers (stack traces: 15 % of a small file), and shapes that are inferred anyway; name the
     inputs and outputs."""
     graph = model.graph
@@ -558,8 +580,9 @@ def _strip(ir, model, vocabulary: int, past: list[tuple[int, int]]) -> None:
             value.metadata_props.clear()
             value.shape = value.type = None
     integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
-    inputs = [("input_ids", ["batch", "sequence"], integers)]
-    outputs = [("logits", ["batch", "sequence", vocabulary], floats)]
+    batch, sequence = fixed or ("batch", "sequence")
+    inputs = [("input_ids", [batch, sequence], integers)]
+    outputs = [("logits", [batch, sequence, vocabulary], floats)]
     if past:
         inputs.append(("attention_mask", ["batch", "total"], integers))
         for i, (heads, width) in enumerate(past):
@@ -587,6 +610,7 @@ def export(
     out: str | Path,
     *,
     cache: bool = False,
+    fixed: tuple[int, int] | None = None,
     experts: str = "sparse",
     accuracy_level: int = 1,
     check: bool = True,
@@ -595,7 +619,8 @@ def export(
     """The verified ONNX file of a causal language model, quantized by `compress` or not at all.
 
     `model`: a module, or the directory of a bundle or a model. `out`: the file to write, or a folder (then `model.onnx` in it).
-    `cache`: keys and values of the past are inputs and outputs, for generation. Quantized layers become `MatMulNBits` with the
+    `cache`: keys and values of the past are inputs and outputs, for generation. `fixed`: (rows, tokens) that the file takes, no others,
+    for runtimes and accelerators that plan ahead; without a cache. Quantized layers become `MatMulNBits` with the
     model's own codes, the rest float32. `experts`: "sparse", "rank", "qmoe", "auto" (see the module). `accuracy_level`, of `MatMulNBits`: 1
     computes with float32 activations, as `QLinear` does; 4 quantizes them to int8, faster, and about 1e-2 off: not within the parity
     that `check` asks for on every model. `check=False` leaves out `verify`. From `single_file_bytes` on the weights go to a second
@@ -610,6 +635,9 @@ def export(
         raise ExportError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     if accuracy_level not in (0, 1, 4):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not one of 0, 1 (float32 activations) or 4 (int8 activations)")
+    if fixed is not None and (cache or len(fixed) != 2 or min(fixed) < 1):
+        why = "a cache grows; export without it" if cache else "it is two numbers from 1 on: rows and tokens"
+        raise ExportError(f"fixed={fixed!r}: {why}")
     model = causal_lm(model)
     out = Path(out)
     path = out if out.suffix == ".onnx" else out / "model.onnx"
@@ -622,7 +650,7 @@ def export(
     past = _past_shapes(model) if cache else []
     traced = _trace(_skeleton(model, layers, experts, cache), vocabulary, past)
     graph = traced.graph
-    _strip(ir, traced, vocabulary, past)
+    _strip(ir, traced, vocabulary, past, fixed)
     for value in list(graph.initializers.values()):  # the wrapper's name is not the reader's business
         del graph.initializers[value.name]
         value.name = value.name.removeprefix("model.")
@@ -728,7 +756,7 @@ def verify(
             "Export with accuracy_level=1 (float32 activations) and experts='sparse', or lower min_cosine knowingly"
         )
     by = f"onnxruntime {needed.ort.__version__} CPUExecutionProvider, {' + '.join(map(str, lengths))} tokens"
-    return replace(result, bytes=expected.bytes, weights_quantized=quantized, experts_quantized=experts, parity=parity, verified_by=by)
+    return replace(expected, notes=result.notes, seconds=result.seconds, parity=parity, verified_by=by)
 
 
 def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tuple[int, int]:
@@ -774,6 +802,8 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
         if scales.dtype != np.float16 or not np.array_equal(scales.view(np.uint16), w.q.scales.view(np.uint16)):
             raise ExportError(f"{where}: the scales in the file are not the model's")
         found[kind] += out * n
+    if strange := sorted(set(readers) - {f"{w.name}.{how}" for _, w in _codes(layers) for how in ("codes", "gather_codes")}):
+        raise ExportError(f"the file holds {strange[0]}, which is no quantized weight of the model: it was made of another one")
     return sum(found.values()), found["experts"]
 
 
@@ -802,8 +832,15 @@ def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: i
     by one, each time on what it remembers."""
     session = _session(ort, path)
     past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    rows, most = session.get_inputs()[0].shape
+    if fixed := isinstance(rows, int) and isinstance(most, int):
+        lengths = tuple(dict.fromkeys(min(n, most) for n in lengths))
 
     def run(ids: np.ndarray) -> np.ndarray:
+        if fixed:  # filled up on the right, which nothing on the left can see
+            given = np.zeros((rows, most), np.int64)
+            given[:, : len(ids)] = ids
+            return session.run(["logits"], {"input_ids": given})[0][-1, : len(ids)]
         if not past:
             return session.run(["logits"], {"input_ids": ids[None]})[0][0]
         n, logits = len(ids), []

@@ -1,0 +1,159 @@
+"""`deploy`: what a device gets, that the folder says what is in it, and that it is refused when it is not so any more."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+import onnx
+from test_cli import bundle, edgelab, model  # noqa: F401 (fixtures)
+
+from edgelab import deploy as deploying
+from edgelab import devices
+from edgelab.deploy import deploy, need, verify
+from edgelab.export import ExportError
+from edgelab.export.batches import measure, rows_alone
+from edgelab.export.onnx import export
+from edgelab.model import load
+
+
+@pytest.fixture(scope="module")
+def folder(bundle, tmp_path_factory) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("deployed") / "phone"
+    said = edgelab("deploy", bundle, "--device", "arm64", "--batch-size", 4, "--dynamic-shape", "--target", "onnx", "--out", out).output
+    assert "arm64" in said and "onnx" in said and "100.0%" in said
+    return out
+
+
+def test_what_is_there(folder):
+    stated = json.loads((folder / "deploy.json").read_text())
+    assert stated["device"] == "arm64" and stated["settings"] == {"batch_size": 4, "dynamic_shape": True, "length": 512, "threads": 4}
+    assert set(stated["files"]) | {"deploy.json"} == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert stated["targets"]["onnx"]["parity"]["cosine"] > 0.9999 and stated["batch_difference"] < 1e-4
+    rows = [m["rows"] for m in stated["measured"]]
+    assert rows == [1, 4] and all(m["tokens_per_s"] > 0 and m["peak_bytes"] > 0 for m in stated["measured"])
+    names = {i.name for i in onnx.load(str(folder / "model.onnx")).graph.input}
+    assert "attention_mask" in names and "past_key_values.0.key" in names
+    readme = (folder / "README.md").read_text()
+    for said in ("Threads: **4**", "model.onnx", "tokenizer/tokenizer.json", "on the left", "not on a device", "edgelab verify"):
+        assert said in readme, said
+    assert str(folder.parent) not in readme
+
+
+def test_verified_again_and_refused_when_it_changed(folder, bundle, tmp_path):  # noqa: F811
+    assert verify(folder, bundle).results["onnx"].parity["cosine"] > 0.9999
+    assert "match their sha256" in edgelab("verify", folder).output
+    for damage, said in (
+        (lambda d: (d / "README.md").write_text("no"), "README.md was changed"),
+        (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
+        (lambda d: (d / "more").write_text(""), "more is not listed"),
+        (lambda d: (d / "deploy.json").write_text("{"), "can't be read"),
+        (lambda d: (d / "deploy.json").write_text((d / "deploy.json").read_text().replace('"format": 1', '"format": 2')), "format 2"),
+    ):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        damage(copy)
+        with pytest.raises(ExportError, match=said):
+            verify(copy)
+        assert said in edgelab("verify", copy, code=1).output.replace("\n", " ")
+
+
+def test_fixed_shape(bundle, tmp_path):  # noqa: F811
+    done = deploy(bundle, tmp_path / "d", device="x86-64", targets=["onnx"], batch_size=2, length=16, dynamic_shape=False)
+    (value,) = onnx.load(str(tmp_path / "d" / "model.onnx")).graph.input
+    assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [2, 16]
+    assert done.results["onnx"].parity["cosine"] > 0.9999 and not done.measured
+    assert "2 rows of 16 tokens, nothing else" in (tmp_path / "d" / "README.md").read_text()
+
+
+def test_every_target_of_every_device_is_written_or_said_to_be_left_out(bundle, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+
+    def pretend(model, target, out, **settings):  # noqa: F811
+        asked.append((target, settings))
+        if target == "gguf":
+            raise ExportError("llama.cpp has no such thing")
+        return export(model, out / "model.onnx" if out.suffix != ".onnx" else out, cache=True, check=False)
+
+    monkeypatch.setattr(deploying, "export", pretend)
+    done = deploy(bundle, tmp_path / "d", device="linux-arm64", check=False)
+    assert list(done.results) == ["onnx"] and done.refused == {"gguf": "llama.cpp has no such thing"}
+    assert "left out: llama.cpp has no such thing" in (tmp_path / "d" / "README.md").read_text()
+    assert asked[0] == ("onnx", {"check": False, "cache": True, "experts": "auto"})
+    monkeypatch.setattr(deploying, "export", lambda *a, **k: (_ for _ in ()).throw(ExportError("no")))
+    with pytest.raises(ExportError, match="onnx: no; gguf: no"):
+        deploy(bundle, tmp_path / "e", device="linux-arm64", check=False)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, error, said",
+    [
+        ({"device": "toaster"}, ValueError, "device='toaster' is not one of arm64"),
+        ({"targets": ["elf"]}, ValueError, "'elf' is not one of onnx"),
+        ({"device": "browser", "dynamic_shape": False}, ValueError, "no files of a fixed shape"),
+        ({"batch_size": 0}, ValueError, "batch_size=0"),
+        ({"length": 10**6}, ValueError, "length=1000000 is more than the"),
+        ({"memory": 1000}, ExportError, "arm64 leaves an app 0"),
+    ],
+)
+def test_refused_before_any_work(bundle, tmp_path, settings, error, said):  # noqa: F811
+    with pytest.raises(error, match=said):
+        deploy(bundle, tmp_path / "d", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_mixes_its_rows_is_refused(model, tmp_path):  # noqa: F811
+    export(load(str(model)), tmp_path / "m.onnx", cache=True, check=False)
+    vocabulary = load(str(model)).config.vocab_size
+    assert rows_alone(tmp_path / "m.onnx", 3, vocabulary) < 1e-4
+    graph = onnx.load(str(tmp_path / "m.onnx"))
+    for node in graph.graph.node:  # a file whose mask is not read
+        for i, name in enumerate(node.input):
+            if name == "attention_mask":
+                node.input[i] = "ones"
+    ones = onnx.helper.make_node("Mul", ["attention_mask", "zero_i"], ["zeros"])
+    more = onnx.helper.make_node("Add", ["zeros", "one_i"], ["ones"])
+    graph.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(v, np.int64), n) for n, v in (("zero_i", 0), ("one_i", 1)))
+    nodes = [ones, more, *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    onnx.save(graph, str(tmp_path / "m.onnx"))
+    with pytest.raises(ExportError, match="a row of a batch of 3 differs from the row alone"):
+        rows_alone(tmp_path / "m.onnx", 3, vocabulary)
+
+
+def test_the_estimate_of_memory_grows_as_it_should(model):  # noqa: F811
+    m = load(str(model))
+    result = replace(_nothing, bytes=1000)
+    settings = {"batch_size": 1, "length": 10, "dynamic_shape": True}
+    one, two = need(m, result, settings), need(m, result, settings | {"batch_size": 2})
+    assert two - 1000 == 2 * (one - 1000)
+    config = m.config
+    cached = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)  # the latent and the rotary key
+    assert one - 1000 == 4 * 10 * (2 * cached + config.vocab_size)
+
+
+def test_measured_in_a_process_of_its_own(model, tmp_path):  # noqa: F811
+    export(load(str(model)), tmp_path / "m.onnx", cache=True, check=False)
+    small, large = measure(tmp_path / "m.onnx", [1, 64], 1, 128, steps=2, repeats=1)
+    assert large["peak_bytes"] > 2 * small["peak_bytes"] and large["first_token_s"] > small["first_token_s"]
+    with pytest.raises(ExportError, match="with 1 rows of 0 tokens fails"):
+        measure(tmp_path / "m.onnx", [1], 1, 0, repeats=1)
+
+
+def test_devices_say_why():
+    from edgelab.export import TARGETS
+
+    for name, d in devices.DEVICES.items():
+        assert d.name == name and d.why and d.about and d.threads >= 1 and d.memory > 0 and d.targets
+        assert {*d.targets, *d.fixed} <= set(TARGETS)
+
+
+_nothing = deploying.ExportResult("onnx", (), 0, 0, 0, 0, 0, 0)
