@@ -255,7 +255,7 @@ def test_numbers_that_overflow_end_with_a_sentence_and_our_mistakes_do_not(monke
     def broken(*args, **kwargs):
         raise FloatingPointError("logits hold 3 NaN")
 
-    monkeypatch.setattr(cli, "_one_tokenizer", broken)
+    monkeypatch.setattr(cli, "one_tokenizer", broken)
     assert "logits hold 3 NaN" in edgelab("evaluate", "any", code=2).output
     from datasets.exceptions import DatasetGenerationError
 

@@ -564,7 +564,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(target.os, "fsync", full)
-    with pytest.raises(ExportError, match=r"the disk of .* is full; nothing was left there"):
+    with pytest.raises(ExportError, match=r"no space left on device; nothing was left there"):
         export(tiny(qwen3(), "int4-g32"), tmp_path / "m.gguf", check=False)
     assert not list(tmp_path.iterdir())
 

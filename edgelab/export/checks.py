@@ -1,5 +1,6 @@
 """What every target promises, in one place: the model is one it can write, nothing half-written stays, the runtime agrees with torch."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -54,30 +55,44 @@ def refuse_other_arithmetic(model: nn.Module, *, symmetric_only: bool = True) ->
                 )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
+
+
 @contextmanager
 def whole_or_nothing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """A path to write to for each of `paths` (files or folders of one parent), in a folder beside them. When the block ends well they
-    take their places, in reverse order: put first the one that stands for all. When it does not, nothing is left and what was there is
-    still there. A full disk becomes an ExportError."""
+    take their places, the first, which stands for all, last. When it does not, nothing is left and what was there is still there; after
+    a kill the next call puts that back. One file is replaced in one step; while a folder or several files are, there is none under the
+    first name for a moment. A full disk becomes an ExportError."""
     parent = paths[0].parent
     work = parent / f"{paths[0].name}.tmp"
+    _put_back(paths, work)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
         yield tuple(work / p.name for p in paths)
-        for path in reversed(paths):
-            if path.is_dir():  # a folder can't be replaced by a rename
+        for path in paths:
+            if path.is_dir() or (len(paths) > 1 and path.exists()):  # never new beside old, and no rename replaces a folder
                 os.rename(path, work / f"{path.name}.old")
+        for path in reversed(paths):
             if (work / path.name).exists():
                 os.replace(work / path.name, path)
     except OSError as e:
-        import errno
-
-        if e.errno == errno.ENOSPC:
-            raise ExportError(f"the disk of {parent} is full; nothing was left there: free some space or write elsewhere") from e
+        if e.errno in FULL:
+            why = os.strerror(e.errno).lower()
+            raise ExportError(f"{parent}: {why}; nothing was left there: free some space or write elsewhere") from e
         raise
     finally:
+        _put_back(paths, work)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_back(paths: tuple[Path, ...], work: Path) -> None:
+    """Undo a replacement that did not come to its end."""
+    if not paths[0].exists() and (work / f"{paths[0].name}.old").exists():
+        for path in reversed(paths):
+            if (old := work / f"{path.name}.old").exists():
+                os.replace(old, path)
 
 
 @torch.no_grad()
