@@ -22,24 +22,9 @@ from transformers import (
 from edgelab import paths
 from edgelab.compress import compress
 from edgelab.export import ExportError
-from edgelab.export.gguf import (
-    F16,
-    F32,
-    MXFP4,
-    Q2_0,
-    Q4_0,
-    Q4_1,
-    Q8_0,
-    TEXTS,
-    _rounded_inputs,
-    blocks,
-    export,
-    nearest_pre_tokenizer,
-    read,
-    unblock,
-    verify,
-    write,
-)
+from edgelab.export.gguf import _rounded_inputs, export, verify
+from edgelab.export.gguf_file import F16, F32, MXFP4, Q2_0, Q4_0, Q4_1, Q8_0, blocks, read, unblock, write
+from edgelab.export.gguf_metadata import TEXTS, nearest_pre_tokenizer
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.model import load, load_tokenizer, quantized, swap, weights
 from edgelab.recipe import Recipe
@@ -558,7 +543,7 @@ def test_the_phone_bundle_answers_in_llama_cpp(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
-    import edgelab.export.gguf as target
+    import edgelab.export.gguf_file as target
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
