@@ -208,7 +208,7 @@ def stamp(
     minor: Annotated[int, typer.Option("--minor", min=0)] = 0,
 ) -> None:
     """Give BUNDLE the version of its interface; prints the digest that an app should ask for."""
-    from edgelab.hot import stamp as run
+    from edgelab.interface import stamp as run
 
     local_only(bundle)
     out_console.print(run(bundle, release=release, major=major, minor=minor), markup=False)

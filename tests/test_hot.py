@@ -19,10 +19,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_model import tiny
 
-from edgelab import Recipe, hot, save_bundle
+from edgelab import Recipe, save_bundle
 from edgelab.bundle import MANIFEST, _sha256, load_bundle, verify_bundle
 from edgelab.compress import compress
-from edgelab.hot import BundleRefused, ModelSlot, digest_of, incompatible, interface, stamp, try_out
+from edgelab.hot import BundleRefused, ModelSlot
+from edgelab.interface import _tokenizer_digest, digest_of, incompatible, interface, stamp, try_out
 from edgelab.lazy import lazy_load
 
 EDGE_PHONE = Path(__file__).parents[1] / "data" / "edge-phone"
@@ -202,10 +203,10 @@ def test_the_digest_of_a_tokenizer_is_of_its_meaning(pair, tmp_path):
     file = bundle / "tokenizer.json"
     d = json.loads(file.read_text())
     file.write_text(json.dumps(d | {"padding": None}, indent=7))  # laid out anew
-    assert hot._tokenizer_digest(bundle) == interface(a).tokenizer
+    assert _tokenizer_digest(bundle) == interface(a).tokenizer
     d["model"]["vocab"]["w7"], d["model"]["vocab"]["w8"] = 8, 7
     file.write_text(json.dumps(d))
-    assert hot._tokenizer_digest(bundle) != interface(a).tokenizer
+    assert _tokenizer_digest(bundle) != interface(a).tokenizer
 
 
 def test_incompatible_interfaces_are_refused_unless_asked_for(pair, tmp_path):
