@@ -1,4 +1,4 @@
-"""`edgelab export | verify | deploy | serve | startup | stamp | slot`: from a bundle to what a device runs and how it is replaced."""
+"""`edgelab export | verify | deploy | bytes | serve | startup | stamp | slot`: from a bundle to what a device runs and how it is swapped."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -170,6 +170,18 @@ def deploy(
     )
     print_table(deployment.table(), f"{deployment.device.name}: {deployment.device.about}")
     out_console.print(f"folder   {out}\nread     {out / 'README.md'}", markup=False, soft_wrap=True)
+
+
+@app.command("bytes")
+@guarded
+def bytes_of(
+    path: Annotated[Path, typer.Argument(help="A .safetensors, .onnx or .gguf file, or the folder of a bundle or a page.")],
+) -> None:
+    """Where the bytes of PATH are: every one counted once, by kind, with bits per weight."""
+    from edgelab.byte_map import byte_map
+
+    found = byte_map(path)
+    print_table(found.table(), f"{path}, {found.bytes:,} bytes", right=("bytes", "share", "bits per weight"))
 
 
 @app.command()

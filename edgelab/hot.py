@@ -216,7 +216,8 @@ class ModelSlot:
     # ----------------------------------------------------------------------------------------------------------------- changes
 
     def update(self, bundle: str | Path, *, expected: str | None = None, downgrade: bool = False, other_interface: bool = False) -> str:
-        """The digest of `bundle`, which is now the current version. Streams that began before end with the version they began with.
+        """The digest of `bundle`, which is now the current version. Streams that began before end with the version they began with. Of a
+        digest that the slot holds whole already, its own copy is taken, and `bundle` is not read again.
 
         `expected`: the digest it must have. Raises BundleRefused, with the reason, and changes nothing, for a bundle that was tampered
         with, cut short, lacks a file or has one too many, holds links, was written by a newer edgelab, is of a release not above the

@@ -18,7 +18,7 @@ def onnx_file(bundle, tmp_path_factory):  # noqa: F811
     return out
 
 
-@pytest.mark.parametrize("command", ["verify", "deploy", "startup", "stamp", "slot", "slot update", "slot rollback", "slot show"])
+@pytest.mark.parametrize("command", ["verify", "deploy", "bytes", "startup", "stamp", "slot", "slot update", "slot rollback", "slot show"])
 def test_help(command):
     assert "Usage" in edgelab(*command.split(), "--help").output
 
@@ -85,3 +85,14 @@ def test_a_slot_is_updated_goes_back_and_refuses(bundle, tmp_path):  # noqa: F81
 def test_startup(bundle):  # noqa: F811
     said = edgelab("startup", bundle, "--repeats", 1, "--chunk", 0.1).output
     assert "first weight" in said and "chunks of 0.1 MiB" in said
+
+
+def test_bytes(onnx_file, bundle):  # noqa: F811
+    for path in (onnx_file, bundle):
+        said = edgelab("bytes", path).output
+        assert (
+            "codes" in said
+            and "scales" in said
+            and f"{sum(f.stat().st_size for f in path.rglob('*')) if path.is_dir() else path.stat().st_size:,} bytes" in said
+        )
+    assert "gives" not in edgelab("bytes", __file__, code=2).output

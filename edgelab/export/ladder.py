@@ -9,6 +9,7 @@
 Every rung says how far its logits are from those of the rung it stands on (exports stand on the bundle): the largest difference, KL
 divergence (nats per token), the share of tokens with the same most likely successor; how many weights it holds as codes, and how many
 bytes it takes.
+A runtime that rounds inputs of its own accord (llama.cpp) is compared without that; "as it runs" says what it costs.
 Below "fake-quantized" nothing may be lost but the order of sums; exports are refused by their own `verify` where a code changed.
 """
 
@@ -23,9 +24,9 @@ import torch
 from torch import nn
 
 from edgelab.bundle import coverage_of, load_bundle, read_manifest
-from edgelab.export import TARGETS, ExportError, ExportResult, export
+from edgelab.export import TARGETS, WITH_TOKENIZER, ExportError, ExportResult, export
 from edgelab.export.checks import LENGTHS, agreement
-from edgelab.model import dequantize, quantized
+from edgelab.model import dequantize, load_tokenizer, quantized
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Ladder:
                     "largest difference": f"{p['max_abs_diff']:.1e}" if p else "",
                     "KLD, nats per token": f"{max(p['kld'], 0.0):.1e}" if p else "",
                     "same top token": f"{p['top1_agreement']:.2%}" if p else "",
+                    "as it runs": f"KLD {p['as_run_kld']:.1e}, {p['as_run_top1_agreement']:.2%}" if "as_run_kld" in p else "",
                     "weights as codes": f"{r.quantized:,} of {r.weights:,} ({r.quantized / r.weights:.1%})",
                     "bytes": f"{r.bytes:,}",
                     "computed by": r.by,
@@ -88,8 +90,9 @@ def climb(
 ) -> Ladder:
     """The ladder of `packed` (what `compress` made of `original`) and its saved `bundle`; exports go to the folder `out`.
 
-    `targets`: names, or {name: settings of that target's export}. A target that can't be made is a line of the table and no error, so
-    that one missing runtime does not hide the others. All rungs see the same random tokens, of each of `lengths`.
+    `targets`: names, or {name: settings of that target's export}; the tokenizer is the bundle's unless settings name another. A target
+    that can't be made is a line of the table and no error, so that one missing runtime does not hide the others. All rungs see the same
+    random tokens, of each of `lengths`.
     """
     settings = {t: {} for t in targets} if not isinstance(targets, Mapping) else targets
     fake = copy.deepcopy(packed)
@@ -112,7 +115,8 @@ def climb(
     exports, refused = {}, {}
     for target, more in settings.items():
         try:
-            exports[target] = r = export(loaded, target, Path(out) / TARGETS[target], **more)
+            own = {"tokenizer": load_tokenizer(bundle)} if target in WITH_TOKENIZER and (Path(bundle) / "tokenizer.json").is_file() else {}
+            exports[target] = r = export(loaded, target, Path(out) / TARGETS[target], **own | dict(more))
         except ExportError as error:
             refused[target] = str(error)
             continue
