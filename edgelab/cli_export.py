@@ -1,4 +1,4 @@
-"""`edgelab export | verify | deploy | bytes | serve | startup | stamp | slot`: from a bundle to what a device runs and how it is swapped."""
+"""`edgelab export | verify | deploy | bytes | serve | startup | stamp | slot`: from a bundle to a device, and how it is swapped there."""
 
 from enum import StrEnum
 from pathlib import Path

@@ -178,7 +178,7 @@ def _settings(target: str, settings: Mapping, tokenizer) -> dict:
     """What `export` is told for a target."""
     given: dict[str, object] = {"tokenizer": tokenizer} if target in WITH_TOKENIZER else {}
     if target == "android":
-        given |= {"threads": settings["threads"]}
+        given |= {"threads": settings["threads"], "batch_size": settings["batch_size"]}
     if target in ("litert", "executorch", "coreml"):
         given |= {"length": settings["length"]}
     if target == "onnx" and settings["dynamic_shape"]:

@@ -3,6 +3,7 @@
     onnx   one file; ONNX Runtime on desktops, Android, iOS, and behind Java
     gguf   one file; llama.cpp
     web    a folder with a page, ONNX Runtime Web and the model: opened in a browser it answers, offline too
+    android  a folder: a library module (Java, C over ONNX Runtime, the model), run on the JVM here; a Swift package, not executed
 
 `export(model, "onnx", out)` and `verify(result, model)` are the doors to all of them; the modules have the settings of each.
 `ExportResult` is what an export hands back. An export that cannot keep its promises (the runtime's logits differ, a
@@ -81,9 +82,12 @@ class ExportResult:
         return f"<table><tbody>{rows}</tbody></table>"
 
 
-TARGETS = {"onnx": "model.onnx", "gguf": "model.gguf", "web": "web"}  # and what it is called in a folder
-MARKS = {"web": "web.json"}  # of targets that are folders: the file by which one of ours is known
-WITH_TOKENIZER = ("gguf", "web")
+TARGETS = {"onnx": "model.onnx", "gguf": "model.gguf", "web": "web", "android": "android"}  # and what it is called in a folder
+MARKS = {
+    "web": "web.json",
+    "android": "edgelab/src/main/assets/edgelab/edgelab.json",
+}  # of targets that are folders: the file by which one of ours is known
+WITH_TOKENIZER = ("gguf", "web", "android")
 
 
 def export(model, target: str, out: str | Path, **settings) -> ExportResult:
