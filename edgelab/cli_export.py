@@ -191,7 +191,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", help="On 127.0.0.1.", min=1, max=65535)] = 8765,
 ) -> None:
     """Serve the page in FOLDER to this machine alone, until Ctrl-C."""
-    from edgelab.export.web import serve as run
+    from edgelab.export.web_server import serve as run
 
     run(folder, port)
 

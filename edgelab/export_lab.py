@@ -219,7 +219,7 @@ class Page:
     _lock = threading.Lock()
 
     def __init__(self, folder: str | Path, height: int) -> None:
-        from edgelab.export.web import server
+        from edgelab.export.web_server import server
 
         self.folder, self.height = Path(folder).resolve(), height
         self._server = server(self.folder)

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerFast, Qwen3Config
 
 from edgelab import paths
-from edgelab.export import ExportError, web
+from edgelab.export import ExportError, web, web_browser, web_runtime, web_server, web_tokens
 from edgelab.model import load, load_tokenizer
 
 NODE = shutil.which("node")
@@ -27,13 +27,15 @@ needs_node = pytest.mark.skipif(NODE is None, reason="no node on the PATH")
 
 def runtime_or_none():
     """The runtime, where an earlier export has left it: tests fetch nothing."""
-    if not all((web.cache_dir() / name).is_file() for name in web.RUNTIME_FILES):
+    if not all((web_runtime.cache_dir() / name).is_file() for name in web_runtime.RUNTIME_FILES):
         return None
-    return web.runtime_files()
+    return web_runtime.runtime_files()
 
 
 RUNTIME = runtime_or_none()
-needs_runtime = pytest.mark.skipif(RUNTIME is None, reason=f"{web.RUNTIME} is not in {web.cache_dir()}; web.runtime_files() fetches it")
+needs_runtime = pytest.mark.skipif(
+    RUNTIME is None, reason=f"{web_runtime.RUNTIME} is not in {web_runtime.cache_dir()}; web_runtime.runtime_files() fetches it"
+)
 
 
 def node(script: str, data) -> object:
@@ -61,7 +63,7 @@ def trained(pre, normalizer=None, added=(), **model) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>"], show_progress=False
     )
-    t.train_from_iterator([Path(__file__).read_text(encoding="utf-8"), web._MIT], trainer)
+    t.train_from_iterator([Path(__file__).read_text(encoding="utf-8"), web_runtime._MIT], trainer)
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", t.token_to_id("<s>"))])
     made = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<s>")
     made.add_tokens([AddedToken(t, normalized=False, special=False) for t in added])
@@ -76,7 +78,7 @@ def split(pattern: str):
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KINDS = {
-    "gpt2": lambda: trained([split(web._GPT2)]),
+    "gpt2": lambda: trained([split(web_tokens._GPT2)]),
     "qwen": lambda: trained([split(QWEN)], normalizers.NFC(), added=["<|im_start|>", "<|im_start|>x", "<ü 🙂>"]),
     "whole": lambda: trained([split(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|"))], ignore_merges=True),
 }
@@ -137,7 +139,7 @@ def test_javascript_gives_the_ids_and_the_text_of_python(kind, embedded):
     t = embedded if kind == "embedded" else KINDS[kind]()
     some = texts(400)
     for text, (ids, special, plain, streamed) in zip(
-        some, node(IN_JAVASCRIPT, {"tokens": web.tokenizer_data(t), "texts": some}), strict=True
+        some, node(IN_JAVASCRIPT, {"tokens": web_tokens.tokenizer_data(t), "texts": some}), strict=True
     ):
         expected = t(text)["input_ids"]
         assert ids == expected, text
@@ -155,7 +157,7 @@ def test_javascript_decodes_ids_that_are_no_text(embedded):
     const t = new Tokenizer(data.tokens);
     console.log(JSON.stringify(data.rows.map(ids => t.decode(ids))));
     """
-    found = node(script, {"tokens": web.tokenizer_data(embedded), "rows": rows})
+    found = node(script, {"tokens": web_tokens.tokenizer_data(embedded), "rows": rows})
     expected = [embedded.decode(ids, skip_special_tokens=True) for ids in rows]
     assert found == expected and any("\ufffd" in text for text in expected)
 
@@ -168,35 +170,35 @@ def test_javascript_applies_the_chat_template(embedded):
     const t = new Tokenizer(data.tokens);
     console.log(JSON.stringify(data.texts.map(x => t.encode(t.chat(x), { begin: false }))));
     """
-    found = node(script, {"tokens": web.tokenizer_data(embedded), "texts": some})
+    found = node(script, {"tokens": web_tokens.tokenizer_data(embedded), "texts": some})
     expected = [embedded.apply_chat_template([{"role": "user", "content": x}], add_generation_prompt=True, return_dict=False) for x in some]
     assert found == expected
 
 
 def test_a_template_that_trims_is_followed_and_one_that_does_more_is_refused():
     t = KINDS["gpt2"]()
-    assert web.tokenizer_data(t)["chat"] is None
+    assert web_tokens.tokenizer_data(t)["chat"] is None
     t.chat_template = "[{{ messages[0].content | trim }}]"
-    assert web.tokenizer_data(t)["chat"] == {"before": "[", "after": "]", "trim": True}
+    assert web_tokens.tokenizer_data(t)["chat"] == {"before": "[", "after": "]", "trim": True}
     t.chat_template = "{{ messages[0].content | upper }}!"
     with pytest.raises(ExportError, match="chat template does more than put text before and after"):
-        web.tokenizer_data(t)
+        web_tokens.tokenizer_data(t)
 
 
 def test_other_tokenizers_are_refused(embedded):
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
     with pytest.raises(ExportError, match="the tokenizer is Unigram; the page reads byte-level BPE only"):
-        web.tokenizer_data(unigram)
+        web_tokens.tokenizer_data(unigram)
     with pytest.raises(ExportError, match="no fast tokenizer"):
-        web.tokenizer_data(object())
+        web_tokens.tokenizer_data(object())
     with pytest.raises(ExportError, match="normalizes text by Lowercase"):
-        web.tokenizer_data(trained([split(web._GPT2)], normalizers.Lowercase()))
+        web_tokens.tokenizer_data(trained([split(web_tokens._GPT2)], normalizers.Lowercase()))
     with pytest.raises(ExportError, match="cuts text by Metaspace"):
-        web.tokenizer_data(trained([pre_tokenizers.Metaspace()]))
-    behind = trained([split(web._GPT2)])
+        web_tokens.tokenizer_data(trained([pre_tokenizers.Metaspace()]))
+    behind = trained([split(web_tokens._GPT2)])
     behind.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 0)])
     with pytest.raises(ExportError, match="puts tokens behind a text"):
-        web.tokenizer_data(behind)
+        web_tokens.tokenizer_data(behind)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_other_tokenizers_are_refused(embedded):
 )
 def test_patterns_that_could_mean_something_else_are_refused(pattern):
     with pytest.raises(ExportError, match="is not known to JavaScript"):
-        web.browser_pattern(pattern)
+        web_tokens.browser_pattern(pattern)
 
 
 # ---------------------------------------------------------------------------------------------------- engine
@@ -279,8 +281,8 @@ def test_sampling_follows_the_softmax_and_repeats_with_its_seed():
 @pytest.fixture
 def small_runtime(monkeypatch, tmp_path):
     """A runtime of three small files under other hashes: (contents, a maker of its npm package), with an empty cache."""
-    contents = {name: name.encode() * 3 for name in web.RUNTIME_FILES}
-    monkeypatch.setattr(web, "RUNTIME_FILES", {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()})
+    contents = {name: name.encode() * 3 for name in web_runtime.RUNTIME_FILES}
+    monkeypatch.setattr(web_runtime, "RUNTIME_FILES", {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def package(path: Path, **changes: bytes) -> Path:
@@ -298,36 +300,36 @@ def test_the_runtime_comes_from_a_folder_or_a_package_and_stays_in_the_cache(sma
     contents, package = small_runtime
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ExportError, match=r"npm is not installed. On a machine with a network run `npm pack onnxruntime-web@1.30.0`"):
-        web.runtime_files()
-    found = web.runtime_files(package(tmp_path / "ort.tgz"))
+        web_runtime.runtime_files()
+    found = web_runtime.runtime_files(package(tmp_path / "ort.tgz"))
     assert {name: p.read_bytes() for name, p in found.items()} == contents
-    assert web.runtime_files() == found  # from the cache now: there is no npm here
+    assert web_runtime.runtime_files() == found  # from the cache now: there is no npm here
     (tmp_path / "mine" / "dist").mkdir(parents=True)
     with pytest.raises(ExportError, match=r"holds no ort\.wasm\.min\.mjs"):
-        web.runtime_files(tmp_path / "mine")
+        web_runtime.runtime_files(tmp_path / "mine")
     for name, content in contents.items():
         (tmp_path / "mine" / "dist" / name).write_bytes(content)
-    assert web.runtime_files(tmp_path / "mine")["ort.wasm.min.mjs"] == tmp_path / "mine" / "dist" / "ort.wasm.min.mjs"
+    assert web_runtime.runtime_files(tmp_path / "mine")["ort.wasm.min.mjs"] == tmp_path / "mine" / "dist" / "ort.wasm.min.mjs"
 
 
 def test_a_changed_runtime_is_refused_and_not_kept(small_runtime, tmp_path):
     _, package = small_runtime
     bad = package(tmp_path / "bad.tgz", ort_wasm_min_mjs=b"evil")
     with pytest.raises(ExportError, match=r"ort.wasm.min.mjs has the sha256 .* it is another version, or damaged"):
-        web.runtime_files(bad)
+        web_runtime.runtime_files(bad)
     (tmp_path / "no.tgz").write_bytes(b"not a tarball")
     with pytest.raises(ExportError, match="is not the npm package"):
-        web.runtime_files(tmp_path / "no.tgz")
-    assert not web.cache_dir().exists() or not any(web.cache_dir().iterdir())
+        web_runtime.runtime_files(tmp_path / "no.tgz")
+    assert not web_runtime.cache_dir().exists() or not any(web_runtime.cache_dir().iterdir())
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on the PATH")
 def test_without_a_network_npm_fails_and_the_error_says_what_to_do(small_runtime, monkeypatch):
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
-    monkeypatch.setenv("npm_config_cache", str(web.cache_dir().parent / "npm"))
+    monkeypatch.setenv("npm_config_cache", str(web_runtime.cache_dir().parent / "npm"))
     with pytest.raises(ExportError, match=r"npm could not fetch onnxruntime-web 1.30.0 .*bring the .tgz here and pass runtime="):
-        web.runtime_files()
-    assert not web.cache_dir().exists()
+        web_runtime.runtime_files()
+    assert not web_runtime.cache_dir().exists()
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -335,7 +337,7 @@ def test_without_a_network_npm_fails_and_the_error_says_what_to_do(small_runtime
 
 def test_every_file_of_the_page_has_a_type_and_loads_nothing_from_elsewhere():
     for path in web.PAGE.iterdir():
-        assert path.suffix in web.TYPES
+        assert path.suffix in web_server.TYPES
         if path.suffix in (".html", ".js", ".css", ".webmanifest"):
             text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "").replace("https://example.invalid/", "")
             assert "http:" not in text and "https:" not in text and 'src="//' not in text, path
@@ -358,7 +360,7 @@ def tiny(vocabulary: int = 2048):
 def page(tmp_path_factory, embedded):
     """(folder, result) of a random model's page, written without a check."""
     if RUNTIME is None:
-        pytest.skip(f"{web.RUNTIME} is not in {web.cache_dir()}; web.runtime_files() fetches it")
+        pytest.skip(f"{web_runtime.RUNTIME} is not in {web_runtime.cache_dir()}; web_runtime.runtime_files() fetches it")
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path_factory.mktemp("web") / "page"
     return out, web.export(tiny(), out, tokenizer=embedded, check=False, title="A <b> & c")
@@ -398,7 +400,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path,
 
 def test_without_a_browser_the_check_says_so(tmp_path, embedded, page, monkeypatch):
     pytest.importorskip("playwright")
-    monkeypatch.setattr(web, "chromium", lambda: None)
+    monkeypatch.setattr(web_browser, "chromium", lambda: None)
     with pytest.raises(ExportError, match=r"no Chromium or Chrome on the PATH .* check=False"):
         web.export(tiny(), tmp_path / "page", tokenizer=embedded)
     assert not list(tmp_path.iterdir())
@@ -415,7 +417,7 @@ def ask(address: str, path: str, host: str | None = None):
 
 def test_the_server_gives_types_and_isolation_and_nothing_else(page, tmp_path):
     out, _ = page
-    with web.serving(out) as address:
+    with web_server.serving(out) as address:
         assert address.startswith("http://127.0.0.1:")
         for path, kind in (("/", "text/html"), ("/app.js", "text/javascript"), ("/ort/ort.wasm.min.mjs", "text/javascript")):
             answer, body = ask(address, path)
@@ -429,9 +431,9 @@ def test_the_server_gives_types_and_isolation_and_nothing_else(page, tmp_path):
         assert ask(address, "/../../etc/passwd")[0].status == 404
         assert ask(address, "/", host="rebound.example:80")[0].status == 421
         with pytest.raises(ExportError, match="cannot be had"):
-            web.server(out, int(address.split(":")[2].strip("/")))
+            web_server.server(out, int(address.split(":")[2].strip("/")))
     with pytest.raises(ExportError, match="holds no page of edgelab"):
-        web.server(tmp_path)
+        web_server.server(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the browser
@@ -440,7 +442,9 @@ in_browser = [
     pytest.mark.browser,
     pytest.mark.slow,
     needs_runtime,
-    pytest.mark.skipif(web.chromium() is None, reason="no Chromium or Chrome on the PATH (Debian and Ubuntu: apt install chromium)"),
+    pytest.mark.skipif(
+        web_browser.chromium() is None, reason="no Chromium or Chrome on the PATH (Debian and Ubuntu: apt install chromium)"
+    ),
 ]
 
 
@@ -462,6 +466,8 @@ def test_the_page_computes_what_torch_computes_and_needs_no_server_twice(page):
         other = tiny()
         for p in other.parameters():
             p.data += 0.05 * torch.randn_like(p)
+        web._verify(result, other, (24,), 0.9999, 0)  # what runs in the browser; the file alone would be refused before
+    with pytest.raises(ExportError, match=r"codes|cosine"):
         web.verify(result, other)
 
 
@@ -470,7 +476,7 @@ def test_a_person_can_ask_stop_and_see_that_nothing_left(page, tmp_path):
     pytest.importorskip("playwright")
     out, _ = page
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    with web.serving(out) as address, web.opened(tmp_path / "profile", address, **phone) as opened:
+    with web_server.serving(out) as address, web_browser.opened(tmp_path / "profile", address, **phone) as opened:
         tab = opened.tab
         tab.evaluate("edgelab.ready")
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
@@ -516,9 +522,9 @@ def test_the_wall_sees_a_page_that_sends(page, tmp_path):
     out = tmp_path / "open"
     shutil.copytree(page[0], out)
     html = (out / "index.html").read_text()
-    (out / "index.html").write_text(html.replace(web.POLICY, web.POLICY.replace("connect-src 'self'", "connect-src *")))
+    (out / "index.html").write_text(html.replace(web_server.POLICY, web_server.POLICY.replace("connect-src 'self'", "connect-src *")))
     (out / "sw.js").unlink()
-    with web.serving(out, headers=False) as address, web.opened(tmp_path / "profile", address) as opened:
+    with web_server.serving(out, headers=False) as address, web_browser.opened(tmp_path / "profile", address) as opened:
         opened.tab.evaluate("edgelab.ready")
         opened.tab.evaluate("fetch('http://example.invalid/words', {mode: 'no-cors'}).catch(() => 0)")
         opened.tab.wait_for_timeout(500)
@@ -530,7 +536,7 @@ def test_a_plain_host_becomes_isolated_and_threads_work(page, tmp_path):
     """A host without the headers: the service worker adds them, so the page loads itself once more and may have threads."""
     pytest.importorskip("playwright")
     out, _ = page
-    with web.serving(out, headers=False) as address, web.opened(tmp_path / "profile", address + "?threads=2") as opened:
+    with web_server.serving(out, headers=False) as address, web_browser.opened(tmp_path / "profile", address + "?threads=2") as opened:
         tab = opened.tab
         tab.wait_for_selector("#prompt:enabled")
         assert tab.evaluate("crossOriginIsolated") and tab.evaluate("edgelab.threads()") == 2
@@ -549,7 +555,7 @@ def test_a_changed_file_is_not_stored_and_an_update_waits_for_the_reader(page, t
     style = (out / "style.css").read_bytes()
     (out / "style.css").write_bytes(style + b"\n")
     stored = "async () => (await Promise.all((await caches.keys()).map(async k => (await (await caches.open(k)).keys()).length)))"
-    with web.serving(out) as address, web.opened(tmp_path / "profile", address) as opened:
+    with web_server.serving(out) as address, web_browser.opened(tmp_path / "profile", address) as opened:
         tab = opened.tab
         tab.evaluate("edgelab.ready")  # it works all the same, from the server
         assert "style.css was changed" in tab.locator("#offline").inner_text() and tab.evaluate(stored) == []
@@ -579,7 +585,7 @@ def test_embedded_model_answers_a_command_offline(tmp_path):
     result = web.export(bundle, out)
     assert result.parity["cosine"] >= 0.9999 and result.parity["top1_agreement"] >= 0.99
     assert load(bundle).config.n_routed_experts == 8
-    with web.serving(out) as address, web.opened(tmp_path / "profile", address) as opened:
+    with web_server.serving(out) as address, web_browser.opened(tmp_path / "profile", address) as opened:
         opened.tab.evaluate("edgelab.ready")
         opened.tab.locator("#examples button").first.click()
         opened.tab.locator(".call").wait_for()

@@ -115,11 +115,11 @@ def export(
 
 
 def _tokens(tokenizer, model: nn.Module) -> dict:
-    """`web.tokenizer_data`: the same byte-level BPE is read by the Java class and by the page, and the same is refused."""
-    from edgelab.export import web
+    """`web_tokens.tokenizer_data`: the same byte-level BPE is read by the Java class and by the page, and the same is refused."""
+    from edgelab.export.web_tokens import tokenizer_data
 
     try:
-        tokens = web.tokenizer_data(tokenizer)
+        tokens = tokenizer_data(tokenizer)
     except ExportError as e:
         raise ExportError(str(e).replace("the page", "the Java class").replace("JavaScript", "the Java class")) from e
     size = model.config.get_text_config().vocab_size
