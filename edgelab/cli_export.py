@@ -1,5 +1,7 @@
 """`edgelab export | verify | deploy | bytes | serve | startup | stamp | slot`: from a bundle to a device, and how it is swapped there."""
 
+import os
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,6 @@ from edgelab.console import (
     local_only,
     may_write,
     out_console,
-    print_report,
     print_table,
     set_threads,
     tokenizer_of,
@@ -199,16 +200,30 @@ def serve(
 @app.command()
 @guarded
 def startup(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle. Default: a random one of --megabytes.")] = None,
+    megabytes: Annotated[float, typer.Option("--megabytes", help="Of the random one, a mixture in int4-g32.", min=1)] = 400,
     chunks: Annotated[list[float] | None, typer.Option("--chunk", help="Measure also repacked in chunks of so many MiB.")] = None,
+    fewer: Annotated[bool, typer.Option("--fewer", help="Measure also with few layers and few experts in RAM.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="With the files out of the system's cache.")] = False,
-    repeats: Annotated[int, typer.Option("--repeats", help="The median of so many processes.", min=1)] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="The median of so many processes.", min=1)] = 1,
 ) -> None:
     """Seconds to the first weight and token, and the peak of RAM: BUNDLE read whole and mapped lazily, each in its own process."""
-    from edgelab.lazy import startup_table
+    from edgelab.startup import FEWER, STARTS, random_bundle, startup_table
 
-    sizes = (None, *(round(mib * 2**20) for mib in chunks or ()))
-    print_report(startup_table(bundle, chunk_bytes=sizes, cold=cold, repeats=repeats), "Start of a process")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("EDGELAB_TMP")) as tmp:
+        report = startup_table(
+            bundle or random_bundle(Path(tmp) / "random", megabytes=megabytes),
+            starts=(*STARTS, *(FEWER if fewer else ())),
+            chunk_bytes=(None, *(round(mib * 2**20) for mib in chunks or ())),
+            cold=cold,
+            repeats=repeats,
+        )
+    for where in dict.fromkeys(r.slice for r in report):
+        rows = []
+        for name in report.models():
+            cells = [r for r in report.where(model=name, slice=where)]
+            rows.append({"start": name} | {f"{r.metric}, {r.unit}": f"{r.value:.3f}" for r in cells})
+        print_table(rows, where, right=tuple(rows[0])[1:])
 
 
 @app.command()

@@ -196,7 +196,7 @@ def fallback_rows(rows: Sequence[Mapping], on: Sequence[str] = ("all", "answers"
 
 
 def start_rows(report: Report) -> list[dict[str, str]]:
-    """`lazy.startup_table` for a page: a line per way to start."""
+    """`startup.startup_table` for a page: a line per way to start."""
     lines = []
     for name in report.models():
         mine = list(report.where(model=name))

@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,11 +17,12 @@ from edgelab.bundle import MANIFEST, verify_bundle
 from edgelab.checkpoint import stored_in
 from edgelab.compress import audit, compress
 from edgelab.layers import QExperts, Quantized, set_kernel
-from edgelab.lazy import METRICS, LazyBundle, Start, lazy_load, memory, random_bundle, rechunk, startup_table
+from edgelab.lazy import LazyBundle, lazy_load, rechunk
 from edgelab.mixed_experts import QExpertsMixed
 from edgelab.model import FAMILIES, load
 from edgelab.offload import mapped
 from edgelab.recipe import EarlyExit, Quantize, QuantScheme, Route, SkipChannels, SparseAttention
+from edgelab.startup import METRICS, Start, memory, random_bundle, startup_table
 
 DATA = Path(__file__).parents[1] / "data"
 SPARSE = [f for f in FAMILIES if FAMILIES[f].experts]
@@ -524,8 +523,3 @@ def test_errors_of_measuring(large, tmp_path):
         startup_table(large, starts=(Start("x"), Start("x")))
     with pytest.raises(RuntimeError, match=r"'x' on .* failed in its process: .*keep=0 must be 1 block or more"):
         startup_table(large, starts=(Start("x", settings={"keep": 0}),))
-
-
-def test_the_command_line_says_what_it_does():
-    run = subprocess.run([sys.executable, "-m", "edgelab.lazy", "--help"], capture_output=True, text=True)
-    assert run.returncode == 0 and "first weight" in run.stdout

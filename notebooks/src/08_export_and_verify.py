@@ -33,9 +33,10 @@ from edgelab.byte_picture import FilesPicture
 from edgelab.export.ladder import climb
 from edgelab.fold import fallback_for, fallback_table
 from edgelab.hot import BundleRefused, ModelSlot
-from edgelab.lazy import LazyBundle, Start, startup_table
+from edgelab.lazy import LazyBundle
 from edgelab.model import load, load_tokenizer
 from edgelab.paths import data_dir
+from edgelab.startup import Start, startup_table
 
 # %% tags=["parameters"]
 model_dir = str(data_dir() / "edge-moe")  # any folder with a Hugging Face causal language model
@@ -241,7 +242,7 @@ plots.show_rows(lab.start_rows(startup_table(bundle, starts=(Start("load_bundle"
 
 # %% [markdown]
 # **Look.** Each line is a process of its own. On four megabytes little is to be saved; of 400 MB the first weight was there after 0.02 s
-# instead of 0.7, and with one layer at a time 66 MB of memory were enough (`python -m edgelab.lazy --megabytes 400 --fewer`).
+# instead of 0.7, and with one layer at a time 66 MB of memory were enough (`edgelab startup --megabytes 400 --fewer`).
 #
 # **Swap.** A new version comes while an answer is being written. `ModelSlot` verifies the new bundle, tries it, and swaps by one rename.
 #
