@@ -29,8 +29,9 @@ test: $(VENV)/.test-lab-export-bnb ## all tests, and the notebooks top to bottom
 	@$(BIN)/python -m pytest --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-nightly: $(VENV)/.test-lab-export-bnb-gguf ## the tests of the runtimes that `make test` leaves out (llama.cpp is built: a quarter of an hour)
-	@$(BIN)/python -m pytest tests/test_export_gguf.py tests/test_export_web.py --durations=10 $(ARGS)
+nightly: $(VENV)/.test-lab-export-bnb-gguf-executorch-openvino-coreml $(VENV)-litert/.made ## the tests of the runtimes that `make test` leaves out (two gigabytes; llama.cpp is built: a quarter of an hour)
+	@$(BIN)/python -m pytest tests/test_export_*.py tests/test_ladder.py --durations=10 $(ARGS)
+	@$(VENV)-litert/bin/python -m pytest tests/test_export_litert.py -p no:cacheprovider $(ARGS)
 
 bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this machine
 	@$(BIN)/python -m pytest tests/bench -o "python_files=bench_*.py" -o "python_functions=bench_*" --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(ARGS)
@@ -92,7 +93,13 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 comma := ,
-$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb $(VENV)/.test-lab-export-bnb-gguf: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.export $(VENV)/.lab-export $(VENV)/.test-lab-export $(VENV)/.test-lab-export-bnb $(VENV)/.test-lab-export-bnb-gguf-executorch-openvino-coreml: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing edgelab[$(subst -,$(comma),$*)] into $(VENV) (the first time takes some minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(subst -,$(comma),$*)]"
+	@touch $@
+
+$(VENV)-litert/.made: pyproject.toml .ci/constraints-litert.txt
+	@echo "installing edgelab[litert] into $(VENV)-litert"
+	@$(PYTHON) -m venv $(VENV)-litert
+	@$(VENV)-litert/bin/python -m pip install --quiet --constraint .ci/constraints-litert.txt --editable ".[litert]" pytest
 	@touch $@

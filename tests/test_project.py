@@ -52,9 +52,10 @@ FLOORS = [
     | {"fit", "compare", "runtime", "governor", "sweep", "peers", "blocks", "transforms", "ranges", "sensitivity", "mixed_experts"}
     | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
     | {"expert_stats", "expert_steps", "routing"}
-    | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"},
+    | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"}
+    | {"interface", "startup", "devices", "deploy", "byte_map", "byte_formats"},
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
-    | {"experts_lab", "atlas", "tile_picture", "doctor", "explorer", "cli"},
+    | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}
@@ -247,7 +248,7 @@ def test_constraints_are_the_whole_closure_and_what_runs_here():
 
 def test_all_names_every_extra():
     (everything,) = (Requirement(r) for r in EXTRAS["all"])
-    assert everything.extras == set(EXTRAS) - {"all"}
+    assert everything.extras == set(EXTRAS) - {"all", "litert"}  # which needs an environment of its own
 
 
 def test_conda_environment_agrees():

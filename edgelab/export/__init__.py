@@ -1,9 +1,13 @@
 """Files that other runtimes execute, each verified in that runtime against the torch model. Every target is a module.
 
-    onnx   one file; ONNX Runtime on desktops, Android, iOS, and behind Java
-    gguf   one file; llama.cpp
-    web    a folder with a page, ONNX Runtime Web and the model: opened in a browser it answers, offline too
-    android  a folder: a library module (Java, C over ONNX Runtime, the model), run on the JVM here; a Swift package, not executed
+    onnx        one file; ONNX Runtime on desktops, Android, iOS, and behind Java
+    gguf        one file; llama.cpp
+    web         a folder with a page, ONNX Runtime Web and the model: opened in a browser it answers, offline too
+    android     a folder: a library module (Java, C over ONNX Runtime, the model), run on the JVM here; a Swift package, not executed
+    litert      one .tflite of fixed lengths; LiteRT
+    executorch  one .pte of fixed lengths; ExecuTorch with XNNPACK
+    openvino    .xml and .bin; OpenVINO
+    coreml      an .mlpackage of a fixed length; converted, not executed
 
 `export(model, "onnx", out)` and `verify(result, model)` are the doors to all of them; the modules have the settings of each.
 `ExportResult` is what an export hands back. An export that cannot keep its promises (the runtime's logits differ, a
@@ -82,7 +86,16 @@ class ExportResult:
         return f"<table><tbody>{rows}</tbody></table>"
 
 
-TARGETS = {"onnx": "model.onnx", "gguf": "model.gguf", "web": "web", "android": "android"}  # and what it is called in a folder
+TARGETS = {  # and what it is called in a folder
+    "onnx": "model.onnx",
+    "gguf": "model.gguf",
+    "web": "web",
+    "android": "android",
+    "litert": "model.tflite",
+    "executorch": "model.pte",
+    "openvino": "model.xml",
+    "coreml": "model.mlpackage",
+}
 MARKS = {
     "web": "web.json",
     "android": "edgelab/src/main/assets/edgelab/edgelab.json",
