@@ -1,5 +1,7 @@
 """The OpenVINO files hold the model's own codes, and OpenVINO computes with them what torch computes."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
@@ -65,3 +67,12 @@ def test_files_compute_what_torch_computes(config, scheme, tmp_path):
 def test_embedded_models(name, tmp_path):
     result = export(embedded(name), tmp_path / "m.xml")
     assert result.parity["cosine"] >= 0.9999 and result.parity["top1_agreement"] >= 0.99 and result.expert_share in (None, 1.0)
+
+
+def test_nothing_is_reported_to_anybody():
+    from edgelab.export.openvino import _needed
+
+    openvino = _needed()
+    assert "Telemetry" in vars(openvino.tools.ovc.telemetry_stub)
+    for name in ("convert_impl", "telemetry_utils", "utils"):
+        assert vars(sys.modules[f"openvino.tools.ovc.{name}"])["tm"].__name__.endswith("telemetry_stub")

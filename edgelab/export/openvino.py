@@ -14,6 +14,7 @@ does not convert the joining of the past with the new tokens): a text is compute
 """
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,13 +39,19 @@ _RUNTIME_NOTE = "in OpenVINO: "
 
 def _needed():
     """openvino, imported here so that the rest works without it."""
+    # its package openvino_telemetry reports imports and conversions to its maker unless told not to: nothing leaves this machine
+    sys.modules.setdefault("openvino_telemetry", None)
     try:
         with _hushed():
             import openvino
+            import openvino.tools.ovc.telemetry_stub as silent
     except ImportError as e:
         raise ExportError(
             f'{e.name or "openvino"} is not installed; export to OpenVINO needs the extra `openvino`: pip install "edgelab[openvino]"'
         ) from e
+    for name, module in list(sys.modules.items()):  # where somebody imported it before us
+        if name.startswith("openvino.tools.ovc") and hasattr(module, "tm"):
+            module.tm = silent
     return openvino
 
 
