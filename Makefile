@@ -26,7 +26,7 @@ lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 test: $(VENV)/.test-lab-export-bnb ## all tests, and the notebooks top to bottom (ARGS="-k name" chooses)
-	@$(BIN)/python -m pytest --durations=10 $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=10 $(ARGS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 nightly: $(VENV)/.test-lab-export-bnb-gguf-executorch-openvino-coreml $(VENV)-litert/.made ## the tests of the runtimes that `make test` leaves out (two gigabytes; llama.cpp is built: a quarter of an hour)

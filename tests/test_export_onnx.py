@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 import onnx
 import onnxruntime
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config, Qwen3MoeConfig
+from small_models import deepseek, qwen3, qwen3_moe, tiny
 
 from edgelab import paths
 from edgelab.compress import compress
@@ -22,45 +22,6 @@ from edgelab.methods.rtn import round_to_nearest
 from edgelab.model import load, swap, weights
 from edgelab.recipe import Recipe
 from edgelab.scheme import ActScheme, QuantScheme
-
-SMALL = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256}
-SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def deepseek(layers=1):  # the last is the MoE layer; tracing takes seconds a layer
-    return DeepseekV3Config(
-        **SMALL, num_hidden_layers=layers, first_k_dense_replace=layers - 1, intermediate_size=96, num_key_value_heads=2,
-        moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1,
-        kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
-    )  # fmt: skip
-
-
-def qwen3(**changes):
-    settings = SMALL | {
-        "num_hidden_layers": 1,
-        "intermediate_size": 96,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-    }
-    return Qwen3Config(**settings | changes)
-
-
-def qwen3_moe():
-    return Qwen3MoeConfig(
-        **SMALL, num_hidden_layers=1, intermediate_size=96, num_key_value_heads=1, head_dim=16, moe_intermediate_size=32, num_experts=4,
-        num_experts_per_tok=2,
-    )  # fmt: skip
-
-
-def tiny(config, scheme: str | None):
-    """A random model, quantized. Biases and norms get values, so that dropping one shows."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
-            tensor.data += 0.2 * torch.randn_like(tensor)
-    return compress(model, Recipe.uniform(scheme), progress=False).model if scheme else model
 
 
 @pytest.mark.parametrize("scheme", ["uint4-g32", "nf4-g32", "mxfp4-g32"])
@@ -297,10 +258,25 @@ def test_verify_detects_a_weight_that_is_not_quantized(moe, exported, tmp_path):
         verify(replace(exported, files=(tmp_path / "dense.onnx",)), moe)
 
 
+def test_verify_detects_a_float_that_is_not_the_models(moe, exported, tmp_path):
+    def lowest_bit(w):
+        w.view(np.uint32)[3] ^= 1
+        return w
+
+    for name in ("model.norm.weight", "model.layers.1.mlp.gate.weight"):
+        bad = change(exported.files[0], tmp_path / "float.onnx", name, lowest_bit)
+        with pytest.raises(ExportError, match=f"{name}: the floats in the file are not the model's"):
+            verify(replace(exported, files=(bad,)), moe)
+
+
 def test_verify_detects_other_logits_and_another_size(moe, exported, tmp_path):
-    bad = change(exported.files[0], tmp_path / "norm.onnx", "model.norm.weight", lambda w: w * np.linspace(-1, 1, 64, dtype=np.float32))
+    model = onnx.load(str(exported.files[0]))
+    for node in model.graph.node:
+        if node.op_type == "Sigmoid":
+            node.op_type = "Tanh"
+    onnx.save(model, str(tmp_path / "tanh.onnx"))
     with pytest.raises(ExportError, match="cosine"):
-        verify(replace(exported, files=(bad,)), moe)
+        verify(replace(exported, files=(tmp_path / "tanh.onnx",)), moe)
     model = onnx.load(str(exported.files[0]))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(200_000, np.float32), "ballast"))
     onnx.save(model, str(tmp_path / "fat.onnx"))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config, Qwen3MoeConfig
+from small_models import tiny
+from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig
 
-from edgelab.compress import compress
 from edgelab.export import ExportError, coreml, executorch, litert, openvino
 from edgelab.export.plain import (
     RankExperts,
@@ -24,7 +24,6 @@ from edgelab.export.plain import (
 )
 from edgelab.layers import QExperts, QLinear
 from edgelab.qtensor import QTensor
-from edgelab.recipe import Recipe
 from edgelab.scheme import ActScheme, QuantScheme
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -49,16 +48,6 @@ def qwen3_moe():
         **SMALL, num_hidden_layers=1, intermediate_size=96, num_key_value_heads=1, head_dim=32, moe_intermediate_size=32, num_experts=4,
         num_experts_per_tok=2,
     )  # fmt: skip
-
-
-def tiny(config, scheme: str | None):
-    """A random model, quantized. Biases and norms get values, so that dropping one shows."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
-            tensor.data += 0.2 * torch.randn_like(tensor)
-    return compress(model, Recipe.uniform(scheme), progress=False).model if scheme else model
 
 
 MODELS = [(deepseek, "int4-g32"), (qwen3, "int4-g32"), (qwen3_moe, "int8-row"), (deepseek, "int3-g16"), (qwen3, None), (deepseek, None)]

@@ -130,7 +130,8 @@ def written_at(path: str | Path) -> ExportResult:
     if target in MARKS:
         files = tuple(sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: (f.name != "index.html", str(f))))
     else:
-        files = (path, *(f for f in [path.with_name(f"{path.name}.data")] if f.is_file()))
+        beside = {".onnx": path.with_name(f"{path.name}.data"), ".xml": path.with_suffix(".bin")}.get(path.suffix)
+        files = (path, beside) if beside is not None and beside.is_file() else (path,)
     return ExportResult(target, files, sum(f.stat().st_size for f in files), 0, 0, 0, 0, 0)
 
 

@@ -94,10 +94,7 @@ def export(
             package = ct.models.utils._apply_graph_pass(package, _pass(ct, p, precision), spec_version=9, skip_model_load=True)
             package.user_defined_metadata["edgelab"] = json.dumps({"length": length, "precision": precision})
             package.save(str(part))
-        quantized, in_experts = p.quantized()
-        result = ExportResult(
-            "coreml", (part,), _bytes(part), _predicted(p, precision), p.weights_total, quantized, p.experts_total, in_experts
-        )
+        result = p.result("coreml", (part,), _predicted(p, precision))
         notes = (*told(p, "exact", length, None), f"computes in {precision}")
         result = replace(result, notes=notes, seconds=time.perf_counter() - began)
         if check:
@@ -212,11 +209,12 @@ def verify(result: ExportResult, model: nn.Module) -> ExportResult:
         _check(path, held.get(_name(w.name)), w, precision)
         total += prod(w.q.shape)
         in_experts += prod(w.q.shape) * (w.kind == "experts")
-    size, predicted = _bytes(path), _predicted(p, precision)
+    size, predicted, counted = _bytes(path), _predicted(p, precision), (total, in_experts)
     allowed = predicted // 100 + 600 * len(main.operations) + 2**16
     if size > predicted + allowed:
         raise ExportError(f"{path.name} has {size:,} bytes; the weights take {predicted:,}, the program at most {allowed:,}")
-    return replace(result, bytes=size, weights_quantized=total, experts_quantized=in_experts, parity={}, verified_by=_by(ct))
+    found = p.result("coreml", result.files, predicted, counted)
+    return replace(found, notes=result.notes, seconds=result.seconds, verified_by=_by(ct))
 
 
 def _by(ct) -> str:

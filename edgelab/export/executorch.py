@@ -134,11 +134,7 @@ def export(
     with whole_or_nothing(path) as (part,):
         program = _lowered(needed, _with_codes(needed, plain(model), mode), model, length, places, mode)
         part.write_bytes(program)
-        quantized, in_experts = p.quantized()
-        predicted = p.predicted_bytes(stored_bytes) + _twice(p, mode)
-        result = ExportResult(
-            "executorch", (part,), part.stat().st_size, predicted, p.weights_total, quantized, p.experts_total, in_experts
-        )
+        result = p.result("executorch", (part,), p.predicted_bytes(stored_bytes) + _twice(p, mode))
         result = replace(result, notes=told(p, mode, length, places), seconds=time.perf_counter() - began)
         if check:
             result = verify(result, model)
@@ -221,7 +217,7 @@ def verify(
     length, places, dynamic = (program.load_method(f"get_{name}").execute([])[0] for name in ("length", "places", "dynamic"))
     mode, places = MODES[dynamic], places or None
     p = plain(model)
-    quantized, in_experts = _check_weights(needed, path, p, mode)
+    counted = _check_weights(needed, path, p, mode)
     size, predicted = path.stat().st_size, p.predicted_bytes(stored_bytes) + _twice(p, mode)
     # a program is wordy: some 2.5 KB a weight and method for the operators that unpack it, more for the rest of the graph
     allowed = predicted // 100 + (2**17 + 2800 * len(p.weights)) * (2 if places else 1)
@@ -235,7 +231,9 @@ def verify(
         )
     how = " portable kernels" if mode == "exact" else " XNNPACK, inputs rounded to int8"
     by = f"ExecuTorch {version('executorch')}{how}, {' + '.join(map(str, lengths))} tokens"
-    return replace(result, bytes=size, weights_quantized=quantized, experts_quantized=in_experts, parity=parity, verified_by=by)
+    notes = result.notes or told(p, mode, length, places)
+    found = p.result("executorch", result.files, predicted, counted)
+    return replace(found, notes=notes, seconds=result.seconds, parity=parity, verified_by=by)
 
 
 # ------------------------------------------------------------------------------------------------- codes in the file

@@ -378,9 +378,7 @@ def export(
         file.describe("edgelab", json.dumps(options).encode())
         file.slim()
         file.write(part)
-        quantized, in_experts = p.quantized()
-        predicted = _predicted(p, mode)
-        result = ExportResult("litert", (part,), part.stat().st_size, predicted, p.weights_total, quantized, p.experts_total, in_experts)
+        result = p.result("litert", (part,), _predicted(p, mode))
         result = replace(result, notes=told(p, mode, length, places), seconds=time.perf_counter() - began)
         if check:
             result = verify(result, model)
@@ -442,11 +440,9 @@ def verify(
     except (KeyError, ValueError) as e:
         raise ExportError(f"{path.name} does not say how it was written: it is none of ours") from e
     p = plain(model)
-    quantized, in_experts = _check_weights(file, p, mode)
-    if (quantized, in_experts) != p.quantized():
-        raise ExportError(
-            f"{path.name} holds {quantized:,} quantized weights, {in_experts:,} of them experts'; the model has {p.quantized()}"
-        )
+    counted = _check_weights(file, p, mode)
+    if counted != p.quantized():
+        raise ExportError(f"{path.name} holds (weights, expert weights) {counted} as codes; the model has {p.quantized()}")
     size, predicted = path.stat().st_size, _predicted(p, mode)
     operators = sum(len(g.operators) for g in file.model.subgraphs)
     allowed = predicted // 100 + 300 * operators + 2**17
@@ -462,7 +458,9 @@ def verify(
 
     how = "" if mode == "exact" else ", inputs rounded to int8"
     by = f"LiteRT (ai-edge-litert {version('ai-edge-litert')}) CPU{how}, {' + '.join(map(str, lengths))} tokens"
-    return replace(result, bytes=size, weights_quantized=quantized, experts_quantized=in_experts, parity=parity, verified_by=by)
+    notes = result.notes or told(p, mode, length, places)
+    found = p.result("litert", result.files, predicted, counted)
+    return replace(found, notes=notes, seconds=result.seconds, parity=parity, verified_by=by)
 
 
 def _check_weights(file: _File, p: Plain, mode: str) -> tuple[int, int]:

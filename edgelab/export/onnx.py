@@ -727,7 +727,8 @@ def verify(
     """`result` with the parity that ONNX Runtime reached and the counts found in the file.
 
     Opens the file again. First its initializers: every code and every float16 scale must be bit for bit the model's, the
-    nodes that read them must say the right shape, bits and block, and nothing quantized may be missing. Then its logits,
+    nodes that read them must say the right shape, bits and block, and nothing quantized may be missing; norms, routers and biases must
+    be the model's too. Then its logits,
     on random tokens of each of `lengths`, against `model` itself (its quantized layers, the same codes).
 
     Raises ExportError for a changed code, a missing weight, a size off the prediction, or a cosine below `min_cosine`.
@@ -737,6 +738,7 @@ def verify(
     expected = _count(model, layers, result.files)
     graph = needed.onnx.load(str(result.files[0])).graph
     quantized, experts = _check_codes(needed.onnx, graph, layers)
+    _check_floats(needed.onnx, graph, model)
     if quantized != expected.weights_quantized or experts != expected.experts_quantized:
         raise ExportError(
             f"{result.files[0].name} holds {quantized:,} quantized weights, {experts:,} of them experts'; "
@@ -805,6 +807,17 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
     if strange := sorted(set(readers) - {f"{w.name}.{how}" for _, w in _codes(layers) for how in ("codes", "gather_codes")}):
         raise ExportError(f"the file holds {strange[0]}, which is no quantized weight of the model: it was made of another one")
     return sum(found.values()), found["experts"]
+
+
+def _check_floats(onnx, graph, model: nn.Module) -> None:
+    """Norms, routers, biases and what else is stored under its own name must be the model's to the bit. (The tracer merges those that are
+    equal: not every one is there.)"""
+    stored = {t.name: t for t in graph.initializer}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in stored and value.is_floating_point() and not name.endswith(".scales"):
+            held, ours = onnx.numpy_helper.to_array(stored[name]), value.detach().float().numpy()
+            if not any(np.array_equal(held, form) for form in (ours, ours.T)):
+                raise ExportError(f"{name}: the floats in the file are not the model's")
 
 
 def _unfuse(node, origin: Callable, arrays: dict, readers: dict, layers: list[tuple[nn.Module, _Layer, int]]) -> None:

@@ -87,9 +87,7 @@ def export(model: "nn.Module | str | Path", out: str | Path, *, check: bool = Tr
         graph = _converted(ov, p, model)
         _put_codes(ov, graph, p)
         ov.save_model(graph, str(files[0]), compress_to_fp16=False)
-        quantized, in_experts = p.quantized()
-        size, predicted = sum(f.stat().st_size for f in files), p.predicted_bytes(stored_bytes)
-        result = ExportResult("openvino", files, size, predicted, p.weights_total, quantized, p.experts_total, in_experts)
+        result = p.result("openvino", files, p.predicted_bytes(stored_bytes))
         notes = ("any length, computed anew for each token", *told(p, "exact", 1, None)[1:])
         result = replace(result, notes=notes, seconds=time.perf_counter() - began)
         if check:
@@ -172,7 +170,7 @@ def verify(
     except RuntimeError as e:
         raise ExportError(f"OpenVINO refuses {path.name}: {str(e).strip().splitlines()[0]}") from e
     p = plain(model)
-    quantized, in_experts = _check_codes(ov, graph, path, p)
+    counted = _check_codes(ov, graph, path, p)
     size, predicted = sum(f.stat().st_size for f in result.files), p.predicted_bytes(stored_bytes)
     allowed = predicted // 100 + 1000 * len(graph.get_ops()) + 2**16  # XML is wordy
     if size > predicted + allowed:
@@ -184,9 +182,8 @@ def verify(
     text = f"{_RUNTIME_NOTE}with default settings 1 - cosine {1 - quick['cosine']:.1e}, same top token {quick['top1_agreement']:.2%}"
     notes = (*(n for n in result.notes if not n.startswith(_RUNTIME_NOTE)), text)
     by = f"OpenVINO {ov.__version__.split('-')[0]} CPU, float32, {' + '.join(map(str, lengths))} tokens"
-    return replace(
-        result, bytes=size, weights_quantized=quantized, experts_quantized=in_experts, parity=parity, verified_by=by, notes=notes
-    )
+    found = p.result("openvino", result.files, predicted, counted)
+    return replace(found, seconds=result.seconds, parity=parity, verified_by=by, notes=notes)
 
 
 def _check_codes(ov, graph, path: Path, p: Plain) -> tuple[int, int]:

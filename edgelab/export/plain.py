@@ -18,12 +18,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgelab.export import ExportError
+from edgelab.export import ExportError, ExportResult
 from edgelab.export.checks import refuse_other_arithmetic
 from edgelab.export.onnx import _Blocks, _ByComparison, _Causal, _layers, _past_shapes
 from edgelab.layers import gated
@@ -79,6 +80,13 @@ class Plain:
     def predicted_bytes(self, nbytes: Callable[[QTensor], int] = lambda q: q.nbytes) -> int:
         """Codes and scales as `nbytes` counts them, and four bytes for every other parameter."""
         return sum(nbytes(w.q) for w in self.codes.values()) + 4 * (self.weights_total - self.quantized()[0])
+
+    def result(self, target: str, files: tuple[Path, ...], predicted: int, counted: tuple[int, int] | None = None) -> ExportResult:
+        """What `export` and `verify` give back: `counted` in the file (weights, expert weights), else what the model has as codes. A
+        folder counts with all that is in it."""
+        quantized, in_experts = counted or self.quantized()
+        size = sum(f.stat().st_size for path in files for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
+        return ExportResult(target, files, size, predicted, self.weights_total, quantized, self.experts_total, in_experts)
 
 
 class RankExperts(nn.Module):
