@@ -28,6 +28,7 @@ slot = typer.Typer(no_args_is_help=True, help="A folder of versions of a bundle,
 app.add_typer(slot, name="slot")
 
 Target = StrEnum("Target", {name: name for name in TARGETS})
+Experts = StrEnum("Experts", {name: name for name in ("sparse", "rank", "qmoe", "auto")})
 Device = StrEnum("Device", {name: name for name in DEVICES})
 Bundle = Annotated[str, typer.Argument(help="A bundle written by `edgelab compress`, or a model.")]
 Check = Annotated[bool, typer.Option("--verify/--no-verify", help="Run what was written in the target's own runtime.")]
@@ -44,6 +45,12 @@ def export(
     fallback: Annotated[
         str | None, typer.Option("--fallback", help="Another activation, as 'silu -> scaled_gelu'; its cost is shown.")
     ] = None,
+    max_docs: Annotated[
+        int, typer.Option("--max-docs", help="Documents per domain that a fallback's cost is measured on; 0: none.", min=0)
+    ] = 10,
+    experts: Annotated[
+        Experts, typer.Option("--experts", help="How ONNX has them; qmoe is the smallest, where the runtime has it.")
+    ] = Experts.sparse,
     check: Check = True,
     threads: Threads = 0,
     force: Force = False,
@@ -56,6 +63,8 @@ def export(
         raise ValueError(f"--out {out} must end in {suffix} for --target {targets[0].value}")
     else:
         places = {targets[0]: out}
+    if cache and Target.onnx not in targets:
+        raise ValueError("--cache is for --target onnx; the others have theirs without being told")
     for t, place in places.items():
         may_write(place, force, ours=MARKS.get(t.value, ""), models=(bundle,))
     local_only(bundle)
@@ -65,10 +74,16 @@ def export(
     set_threads(threads)
     model = load(bundle)
     if fallback:
-        model = _fallen_back(model, bundle, fallback)
+        model = _fallen_back(model, bundle, fallback, max_docs)
     refused = {}
     for t, place in places.items():
-        settings = {"cache": cache} if t.value == "onnx" else {"tokenizer": tokenizer_of(bundle)} if t.value in WITH_TOKENIZER else {}
+        settings = (
+            {"cache": cache, "experts": experts.value}
+            if t.value == "onnx"
+            else {"tokenizer": tokenizer_of(bundle)}
+            if t.value in WITH_TOKENIZER
+            else {}
+        )
         try:
             exported = run(model, t.value, place, check=check, **settings)
         except ExportError as error:
@@ -82,25 +97,27 @@ def export(
         raise CheckFailedError("; ".join(f"--target {t}: {why}" for t, why in refused.items()) + ". The other targets were written")
 
 
-def _fallen_back(model, bundle: str, rule: str):
+def _fallen_back(model, bundle: str, rule: str, max_docs: int):
     """`model` with the rule applied and its cost on the embedded corpus printed."""
     from edgelab.console import read_documents
     from edgelab.fold import fall_back, fallback_table
 
     replaced = fall_back(model, rule)
     out_console.print(f"{replaced!r}", markup=False, soft_wrap=True)
+    if replaced.rule.exact or not max_docs:
+        return replaced.model
     tokenizer = tokenizer_of(bundle)
     if tokenizer is None:
         out_console.print("Its cost is not measured: there is no tokenizer to read text with.", markup=False)
         return replaced.model
-    rows = fallback_table(model, tokenizer, read_documents(None), [rule])
+    rows = fallback_table(model, tokenizer, read_documents(None), [rule], max_docs=max_docs, progress=True)
     shown = [
         {
             "on": row["on"],
             "KLD, nats per token": f"{row['kld']:.4f}"
             + (f" [{row['kld_low']:.4f}, {row['kld_high']:.4f}]" if row["kld_low"] is not None else ""),
             "same top token": f"{row['same_top']:.1%}",
-            "exact match": f"{row['exact_match']:.1f} % (was {row['exact_match_original']:.1f} %)" if "exact_match" in row else "",
+            "exact match": f"{row['exact_match']:.1%} (was {row['exact_match_original']:.1%})" if "exact_match" in row else "",
         }
         for row in rows
     ]
@@ -113,6 +130,7 @@ def _fallen_back(model, bundle: str, rule: str):
 def verify(
     written: Annotated[Path, typer.Argument(help="A file or folder that `edgelab export` or `edgelab deploy` wrote.")],
     bundle: Annotated[str | None, typer.Argument(help="What it was made of; without it only a deployment's sha256s are compared.")] = None,
+    fallback: Annotated[str | None, typer.Option("--fallback", help="The rule that it was exported with.")] = None,
     threads: Threads = 0,
 ) -> None:
     """Open WRITTEN in its target's own runtime again: codes bit for bit those of BUNDLE, logits those of torch."""
@@ -131,8 +149,13 @@ def verify(
     local_only(bundle)
     from edgelab.model import load
 
+    model = load(bundle)
+    if fallback:
+        from edgelab.fold import fall_back
+
+        model = fall_back(model, fallback).model
     settings = {"tokenizer": tokenizer_of(bundle)} if result.target == "gguf" else {}
-    print_table(run(result, load(bundle), **settings).table(), f"{result.target}, verified in its own runtime")
+    print_table(run(result, model, **settings).table(), f"{result.target}, verified in its own runtime")
 
 
 @app.command()
@@ -217,6 +240,7 @@ def startup(
             chunk_bytes=(None, *(round(mib * 2**20) for mib in chunks or ())),
             cold=cold,
             repeats=repeats,
+            progress=True,
         )
     for where in dict.fromkeys(r.slice for r in report):
         rows = []

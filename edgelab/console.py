@@ -83,7 +83,7 @@ def set_threads(n: int) -> int:
 
 
 def may_write(out: Path, force: bool, *, ours: str, models: Iterable[str | Path] = ()) -> None:
-    """Make sure, without touching anything, that `out` may be written: what lies there stays until its successor is whole.
+    """Make sure that `out` may be written: what lies there stays until its successor is whole. Makes its parent folder, nothing else.
 
     `ours` is the file that marks a folder as one that we may replace. Raises FileExistsError, and ValueError when `out`
     is, holds or lies in one of `models`.

@@ -21,19 +21,22 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 
 from torch import nn
 
+from edgelab.deploy_readme import PROMPT, readme, shape_of
 from edgelab.devices import DEVICES, Device
-from edgelab.export import TARGETS, WITH_TOKENIZER, ExportError, ExportResult, export, written_at
+from edgelab.export import TARGETS, WITH_TOKENIZER, ExportError, ExportResult, NoRuntimeError, export, written_at
 from edgelab.export import verify as verify_target
 from edgelab.export.batches import measure, rows_alone
 from edgelab.export.checks import causal_lm, whole_or_nothing
 
-MANIFEST = "deploy.json"
+MANIFEST, SUMS = "deploy.json", "SHA256SUMS"
+ONE_ROW = ("litert", "executorch", "coreml")
+_TOLD = ("bytes", "predicted_bytes", "weights_total", "weights_quantized", "experts_total", "experts_quantized", "seconds", "parity")
 FORMAT = 1
 
 
@@ -59,11 +62,13 @@ class Deployment:
                 {
                     "target": target,
                     "where": TARGETS[target],
+                    "shape": shape_of(target, self.settings),
                     "bytes": f"{sum(f.stat().st_size for f in r.files):,}",
                     "weights as codes": f"{r.share:.1%}" if r.weights_total else "",
                     "RAM there, estimated": f"{self.memory[target] / 1e6:,.0f} MB" if target in self.memory else "",
                     "1 - cosine to torch": f"{1 - p['cosine']:.1e}" if p else "",
                     "same top token": f"{p['top1_agreement']:.1%}" if p else "",
+                    "as it runs": f"{1 - p['as_run_cosine']:.1e}, {p['as_run_top1_agreement']:.1%}" if "as_run_cosine" in p else "",
                     "verified by": r.verified_by or "not verified",
                 }
             )
@@ -102,14 +107,19 @@ def deploy(
     if device not in DEVICES:
         raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}")
     kind, out = DEVICES[device], Path(out)
-    wanted = tuple(targets if targets is not None else kind.targets if dynamic_shape else kind.fixed)
-    unknown = [t for t in wanted if t not in TARGETS]
-    if targets is not None and unknown:
-        raise ValueError(f"targets={list(targets)!r}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+    if targets is not None and (isinstance(targets, str) or not targets or (unknown := [t for t in targets if t not in TARGETS])):
+        wrong = repr(unknown[0]) if targets and not isinstance(targets, str) else repr(targets)
+        raise ValueError(f"targets={targets!r}: {wrong} is no list of {', '.join(TARGETS)}")
+    wanted = tuple(targets or (kind.targets if dynamic_shape else kind.fixed))
     if not wanted:
         raise ValueError(f"device={device!r} takes no files of a fixed shape; leave dynamic_shape=True")
-    if batch_size < 1 or length < 2:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more, length={length} 2 or more")
+    for name, value, least in (("batch_size", batch_size, 1), ("length", length, 2)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number from {least} on")
+    if Path(bundle).exists():
+        there, here = Path(bundle).resolve(), out.resolve()
+        if there == here or there in here.parents or here in there.parents:
+            raise ValueError(f"out={str(out)!r} is, holds or lies in the model {bundle}; choose another place")
     from edgelab.model import load, load_tokenizer
 
     model, tokenizer = causal_lm(load(str(bundle))), load_tokenizer(str(bundle))
@@ -121,11 +131,13 @@ def deploy(
     _fits(model, settings, budget, kind)
 
     results, refused, needs, measured, difference = {}, {}, {}, [], None
-    with whole_or_nothing(out) as (folder,):
+    with whole_or_nothing(out, ours=MANIFEST) as (folder,):
         folder.mkdir()
         for target in wanted:
             try:
-                result = export(model, target, folder / TARGETS[target], check=check, **_settings(target, settings, tokenizer))
+                if settings["batch_size"] > 1 and target in ONE_ROW:
+                    raise ExportError(f"its files take one row; batch_size={settings['batch_size']} is not for it")
+                result = _exported(model, target, folder, check, _settings(target, settings, tokenizer))
             except ExportError as error:
                 refused[target] = str(error)
                 continue
@@ -140,38 +152,63 @@ def deploy(
         if "onnx" in results:
             tokenizer.save_pretrained(folder / "tokenizer")
         deployment = Deployment(folder, kind, results, refused, settings, needs, measured, difference)
-        (folder / "README.md").write_text(_readme(deployment, bundle, budget), encoding="utf-8")
+        (folder / "README.md").write_text(
+            readme(deployment, bundle, budget, MANIFEST, _contract(graph, model, tokenizer)), encoding="utf-8"
+        )
         _write_manifest(deployment, bundle)
-    placed = {t: ExportResult(**{**r.__dict__, "files": tuple(out / f.relative_to(folder) for f in r.files)}) for t, r in results.items()}
+    placed = {t: replace(r, files=tuple(out / f.relative_to(folder) for f in r.files)) for t, r in results.items()}
     return Deployment(out, kind, placed, refused, settings, needs, measured, difference)
 
 
 def verify(folder: str | Path, bundle: str | Path | None = None) -> Deployment:
-    """The deployment in `folder`: every file as its sha256 says and none besides; with `bundle`, each target run and compared again.
+    """The deployment in `folder`: every file as its sha256 says and nothing besides; with `bundle`, which must be the one it was made of,
+    each target run and compared again. Without, its figures are those that were stated when it was made.
 
     Raises ExportError for a file that is missing, changed or strange, and what the targets raise.
     """
     folder = Path(folder)
     try:
         stated = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, device, names = dict(stated["files"]), DEVICES[stated["device"]], list(stated["targets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = stated["format"]
+        files, device, results = dict(stated["files"]), DEVICES[stated["device"]], {}
+        for target, told in stated["targets"].items():
+            fields = {k: told[k] for k in _TOLD} | {"notes": tuple(told["notes"])}
+            by = f"{told['verified_by'] or 'not verified'} (stated when it was made)"
+            results[target] = ExportResult(target, (folder / TARGETS[target],), **fields, verified_by=by)
+        rest = {k: stated[k] for k in ("left_out", "settings", "memory", "measured", "batch_difference")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder / MANIFEST} can't be read: {error!r}; deploy again") from error
-    if stated.get("format") != FORMAT:
-        raise ExportError(f"{folder / MANIFEST} has format {stated.get('format')!r}, this edgelab reads {FORMAT}")
-    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    if version != FORMAT:
+        raise ExportError(f"{folder / MANIFEST} has format {version!r}, this edgelab reads {FORMAT}")
+    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir() or not any(f.iterdir())}
     if strange := sorted(set(there) ^ {*files, MANIFEST}):
         raise ExportError(f"{folder}: {strange[0]} is {'not listed' if strange[0] in there else 'missing'}; deploy again")
     for name, digest in files.items():
-        if (found := _sha256(there[name])) != digest:
+        if there[name].is_symlink() or (found := _sha256(there[name])) != digest:
+            found = "of a link" if there[name].is_symlink() else found
             raise ExportError(f"{folder / name} was changed: its sha256 is {found[:12]}..., stated is {digest[:12]}...; deploy again")
-    results = {t: written_at(folder / TARGETS[t]) for t in names}
+    results = {t: replace(r, files=written_at(r.files[0]).files) for t, r in results.items()}
     if bundle is not None:
-        from edgelab.model import load
+        from edgelab.model import load, load_tokenizer
 
-        model = load(str(bundle))
-        results = {t: verify_target(r, model) for t, r in results.items()}
-    return Deployment(folder, device, results, stated["left_out"], stated["settings"], stated["memory"], stated["measured"])
+        manifest = Path(bundle) / "edgelab.json"
+        if "bundle_sha256" in stated and (not manifest.is_file() or _sha256(manifest) != stated["bundle_sha256"]):
+            raise ExportError(f"{folder} was made of another bundle than {bundle}: its sha256 is not the one in {MANIFEST}")
+        model, tokenizer = load(str(bundle)), load_tokenizer(str(bundle))
+        more = {"gguf": {"tokenizer": tokenizer}}
+        results = {t: verify_target(written_at(folder / TARGETS[t]), model, **more.get(t, {})) for t in results}
+    return Deployment(
+        folder, device, results, rest["left_out"], rest["settings"], rest["memory"], rest["measured"], rest["batch_difference"]
+    )
+
+
+def _exported(model: nn.Module, target: str, folder: Path, check: bool, settings: dict) -> ExportResult:
+    """`export`, and without its check where what would run the file is not here: then `verified_by` says so."""
+    try:
+        return export(model, target, folder / TARGETS[target], check=check, **settings)
+    except NoRuntimeError as error:
+        result = export(model, target, folder / TARGETS[target], check=False, **settings)
+        return replace(result, notes=(*result.notes, f"not verified: {error}"))
 
 
 def _settings(target: str, settings: Mapping, tokenizer) -> dict:
@@ -179,8 +216,12 @@ def _settings(target: str, settings: Mapping, tokenizer) -> dict:
     given: dict[str, object] = {"tokenizer": tokenizer} if target in WITH_TOKENIZER else {}
     if target == "android":
         given |= {"threads": settings["threads"], "batch_size": settings["batch_size"]}
-    if target in ("litert", "executorch", "coreml"):
+    if target in ("litert", "executorch"):  # a prompt at once, then token by token, in one file
+        given |= {"length": min(PROMPT, settings["length"]), "places": settings["length"]}
+    if target == "coreml":
         given |= {"length": settings["length"]}
+    if target == "gguf":  # what is built into apps is older than what is on a desk
+        given |= {"portable": True}
     if target == "onnx" and settings["dynamic_shape"]:
         given |= {"cache": True, "experts": "auto"}
     elif target == "onnx":
@@ -191,6 +232,34 @@ def _settings(target: str, settings: Mapping, tokenizer) -> dict:
 def _graph(results: Mapping[str, ExportResult]) -> Path | None:
     """An ONNX file with a cache among what was written."""
     return next((f for r in results.values() for f in r.files if f.suffix == ".onnx"), None)
+
+
+def _contract(graph: Path | None, model: nn.Module, tokenizer) -> dict:
+    """What whoever runs the ONNX file needs to know: inputs and outputs as (name, dtype, shape), ids that end an answer, the longest
+    text, what the chat template puts around a message."""
+    if graph is None:
+        return {}
+    import onnx
+
+    from edgelab.export.web_tokens import tokenizer_data
+
+    held, kinds = onnx.load(str(graph), load_external_data=False).graph, {1: "float32", 7: "int64"}
+
+    def told(values) -> list[tuple[str, str, str]]:
+        lines = []
+        for v in values:
+            shape = [str(d.dim_value or d.dim_param) for d in v.type.tensor_type.shape.dim]
+            lines.append((v.name, kinds[v.type.tensor_type.elem_type], f"[{', '.join(shape)}]"))
+        return lines
+
+    try:
+        chat = tokenizer_data(tokenizer)["chat"]
+    except ExportError:  # a tokenizer that has no counterpart on the page; its file is here all the same
+        chat = None
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stop = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return {"inputs": told(held.input), "outputs": told(held.output), "stop": stop, "context": context, "chat": chat}
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -234,6 +303,8 @@ def _sha256(path: Path) -> str:
 
 def _write_manifest(d: Deployment, bundle: str | Path) -> None:
     files = {f.relative_to(d.folder).as_posix(): _sha256(f) for f in sorted(d.folder.rglob("*")) if f.is_file()}
+    (d.folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in files.items()), encoding="utf-8")
+    files[SUMS] = _sha256(d.folder / SUMS)
     stated = {
         "format": FORMAT,
         "device": d.device.name,
@@ -252,90 +323,3 @@ def _write_manifest(d: Deployment, bundle: str | Path) -> None:
     if (manifest := Path(bundle) / "edgelab.json").is_file():
         stated["bundle_sha256"] = _sha256(manifest)
     (d.folder / MANIFEST).write_text(json.dumps(stated, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-_USE = {
-    "android": "A Gradle module: Java, C, and the model as an asset. `android/README.md` says how an app takes it in.",
-    "onnx": "One file for ONNX Runtime (Java, Kotlin, Swift, C, Python). Inputs and outputs are named as in transformers: with a cache, "
-    "give `present.*` back as `past_key_values.*` at the next token; without one, give `input_ids` and read `logits`. The text's "
-    "ids come from `tokenizer/tokenizer.json` (Hugging Face's `tokenizers`).",
-    "gguf": "One file for llama.cpp: `llama-cli -m model.gguf -t {threads}`, or its Android and Swift bindings. The tokenizer is inside.",
-    "web": "A static page. Put the folder on any https host and open it on the phone; installed, it works without a network.",
-    "litert": "One file for LiteRT's interpreter, of one shape: fill prompts up to {length} tokens on the right, and read the logits "
-    "of your last token.",
-    "coreml": "A package for Xcode, converted and not executed: Core ML predicts on Apple's systems only.",
-    "openvino": "Two files for OpenVINO.",
-}
-
-
-def _readme(d: Deployment, bundle: str | Path, budget: int) -> str:
-    """For the developer who has only this folder."""
-    settings, name = d.settings, Path(bundle).name
-    shape = (
-        f"any number of rows (meant for up to {settings['batch_size']}) and tokens, with a cache"
-        if settings["dynamic_shape"]
-        else f"{settings['batch_size']} rows of {settings['length']} tokens, nothing else"
-    )
-    lines = [
-        f"# {name} for {d.device.about}",
-        "",
-        f"Made by `edgelab deploy` for `{d.device.name}` ({d.device.abi}). Shapes: {shape}.",
-        f"Threads: **{d.device.threads}** ({d.device.why}). This is a starting point: measure on your device.",
-        f"Memory an app may take, as assumed: {budget / 1e6:,.0f} MB.",
-        "",
-        "## What is here",
-        "",
-        *_markdown(d.table()),
-        "",
-        "`weights as codes` were counted in the file. `RAM there, estimated`: weights, "
-        f"keys and values of {settings['batch_size']} x {settings['length']} tokens and the logits of a prompt; not measured on a device.",
-        "`1 - cosine` and `same top token` compare the file's logits, in its own runtime, with torch computing with the same codes.",
-        "",
-        "## How it is used",
-        "",
-    ]
-    for target in d.results:
-        lines += [f"**{TARGETS[target]}** {_USE.get(target, 'See its runtime.').format(**settings)}", ""]
-        lines += [f"- {note}" for note in d.results[target].notes] + [""]
-    if d.batch_difference is not None and int(settings["batch_size"]) > 1:
-        lines += [
-            "## Batches",
-            "",
-            "Rows of different lengths are filled up **on the left**, with zeros in `attention_mask`. Checked here with "
-            f"{settings['batch_size']} rows: none differs from the row alone by more than {d.batch_difference:.0e} of the largest logit.",
-            "",
-        ]
-    if d.measured:
-        rows = [
-            {
-                "rows": str(m["rows"]),
-                "threads": str(m["threads"]),
-                f"first token of {m['prompt']}": f"{1e3 * m['first_token_s']:.0f} ms",
-                "tokens/s, all rows": f"{m['tokens_per_s']:.0f}",
-                "RAM above the imports": f"{m['peak_bytes'] / 1e6:.0f} MB",
-            }
-            for m in d.measured
-        ]
-        lines += [
-            "## Measured where it was made, not on a device",
-            "",
-            f"The ONNX file on {d.measured[0]['machine']}:",
-            "",
-            *_markdown(rows),
-            "",
-        ]
-    lines += [
-        "## Whether it is whole",
-        "",
-        f"`{MANIFEST}` lists the sha256 of every file: `edgelab verify FOLDER` compares them, with BUNDLE behind it "
-        "each target is run again too.",
-        "The model's own licence applies to these files; edgelab adds none.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _markdown(rows: list[dict[str, str]]) -> list[str]:
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    table = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return table + ["| " + " | ".join(row.get(c, "").replace("|", "\\|") for c in columns) + " |" for row in rows]

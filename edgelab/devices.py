@@ -45,7 +45,7 @@ DEVICES: Mapping[str, Device] = {
         ),
         Device(
             "iphone",
-            "iPhone; its sources and files could not be run where they were made",
+            "iPhone; nothing of Apple's was at hand to run a file on (the Swift package of the target android is for it, too)",
             ("gguf", "coreml", "onnx"),
             ("coreml", "onnx"),
             2,

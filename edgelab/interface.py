@@ -42,13 +42,13 @@ class Interface:
         return json.loads(json.dumps(self.__dict__))
 
 
-def interface(bundle: str | Path) -> Interface:
-    """The interface of a bundle, from its manifest, config and tokenizer; no weight is read.
+def interface(bundle: str | Path, manifest: dict | None = None) -> Interface:
+    """The interface of a bundle, from its manifest (or the one given), config and tokenizer; no weight is read.
 
     Raises FileNotFoundError or ValueError for what is no bundle, was written by a newer edgelab, or states what its files deny.
     """
     bundle = Path(bundle)
-    manifest = manifest_of(bundle)
+    manifest = manifest_of(bundle) if manifest is None else manifest
     stated = manifest.get("interface") or {}
     if not isinstance(stated, dict):
         raise ValueError(f"{bundle / MANIFEST}: interface is {stated!r:.80}, which is no JSON object; stamp the bundle again")
@@ -124,8 +124,7 @@ def stamp(
             raise ValueError(f"{name}={value!r} must be a number from 0 on")
     manifest = verify_bundle(bundle)
     manifest["interface"] = {"schema": SCHEMA, "major": major, "minor": minor, "release": release}
-    replace_manifest(bundle, manifest)
-    states = interface(bundle)
+    states = interface(bundle, manifest)
     manifest["interface"]["states"] = {k: v for k, v in states.to_dict().items() if k not in manifest["interface"]}
     if reference is not None:
         n = states.vocabulary

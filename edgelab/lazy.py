@@ -549,7 +549,7 @@ def rechunk(bundle: str | Path, out: str | Path, max_chunk_bytes: int) -> Path:
     manifest, tensors = verify_bundle(bundle), _headers(bundle)
     chunks = chunked({name: s.nbytes + _ALIGN for name, s in tensors.items()}, max_chunk_bytes)
     old = {s.file.name for s in tensors.values()} | {"model.safetensors.index.json"}
-    with whole_or_nothing(out) as (tmp,):
+    with whole_or_nothing(out, ours=MANIFEST) as (tmp,):
         tmp.mkdir()
         for name in manifest["files"]:
             if name not in old:

@@ -15,6 +15,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from edgelab.bundle import save_bundle
 from edgelab.checkpoint import stored_in
@@ -134,6 +135,7 @@ def startup_table(
     repeats: int = 1,
     cold: bool = False,
     threads: int = 1,
+    progress: bool = False,
 ) -> Report:
     """A Report of `METRICS` by start and chunk size, each measured in a fresh process; the median of `repeats`.
 
@@ -145,7 +147,8 @@ def startup_table(
     bundle, rows = Path(bundle), []
     if len({s.name for s in starts}) < len(starts):
         raise ValueError(f"starts have the names {[s.name for s in starts]}; each needs its own")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("EDGELAB_TMP")) as tmp:
+    bar = tqdm(total=len(chunk_bytes) * len(starts) * repeats, desc="starting processes", unit="start", disable=not progress)
+    with bar, tempfile.TemporaryDirectory(dir=os.environ.get("EDGELAB_TMP")) as tmp:
         for size in chunk_bytes:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights larger than a chunk
@@ -155,11 +158,13 @@ def startup_table(
             for start in starts:
                 found = []
                 for _ in range(repeats):
+                    bar.set_postfix_str(f"{where}, {start.name}")
                     if cold:
                         _evict(folder)
                     found.append(
                         _in_a_process({"folder": str(folder), "tokens": tokens, "prompt": prompt, "threads": threads} | asdict(start))
                     )
+                    bar.update()
                 for key, (metric, unit) in METRICS.items():
                     values = [f[key] for f in found]
                     low, high = (min(values), max(values)) if repeats > 1 else (None, None)

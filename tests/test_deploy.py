@@ -19,7 +19,7 @@ from edgelab.deploy import deploy, need, verify
 from edgelab.export import ExportError
 from edgelab.export.batches import measure, rows_alone
 from edgelab.export.onnx import export
-from edgelab.model import load
+from edgelab.model import load, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,31 @@ def test_what_is_there(folder):
     assert str(folder.parent) not in readme
 
 
+def test_the_program_in_the_readme_says_what_torch_says(folder, bundle, monkeypatch, capsys):  # noqa: F811
+    text = (folder / "README.md").read_text()
+    assert "| input | `past_key_values.0.key` | float32 | [batch, 1, past, " in text and "`<|end|><|user|>`, message, `<|call|>`" in text
+    program = text.split("```python\n")[1].split("```")[0].replace("< 1024", "< 24")
+    monkeypatch.chdir(folder)
+    exec(compile(program, "README.md", "exec"), {})
+    m, tokenizer = load(str(bundle)), load_tokenizer(str(bundle))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "turn on the light"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    ids = m.generate(prompt, max_length=24, do_sample=False)[0, prompt.shape[1] :]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\n")
+
+
 def test_verified_again_and_refused_when_it_changed(folder, bundle, tmp_path):  # noqa: F811
     assert verify(folder, bundle).results["onnx"].parity["cosine"] > 0.9999
     assert "match their sha256" in edgelab("verify", folder).output
+
+    def aim(d):
+        stated = json.loads((d / "deploy.json").read_text())
+        stated["targets"]["../x"] = stated["targets"].pop("onnx")
+        (d / "deploy.json").write_text(json.dumps(stated))
+
     for damage, said in (
+        (aim, "can't be read"),
         (lambda d: (d / "README.md").write_text("no"), "README.md was changed"),
         (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda d: (d / "more").write_text(""), "more is not listed"),
@@ -64,12 +85,64 @@ def test_verified_again_and_refused_when_it_changed(folder, bundle, tmp_path):  
         assert said in edgelab("verify", copy, code=1).output.replace("\n", " ")
 
 
+def test_a_link_and_an_empty_folder_are_strangers(folder, tmp_path):
+    for name, make in (("link", lambda p: p.symlink_to("/")), ("empty", lambda p: p.mkdir())):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        make(copy / "stranger")
+        with pytest.raises(ExportError, match="stranger is not listed"):
+            verify(copy)
+    (tmp_path / "elsewhere").write_bytes((folder / "README.md").read_bytes())
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(folder, tmp_path / "copy" / "d")
+    (tmp_path / "copy" / "d" / "README.md").unlink()
+    (tmp_path / "copy" / "d" / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ExportError, match=r"README.md was changed: its sha256 is of a link"):
+        verify(tmp_path / "copy" / "d")
+
+
+def test_what_was_stated_is_shown_and_another_bundle_is_refused(folder, model, tmp_path):  # noqa: F811
+    told = verify(folder)
+    assert told.results["onnx"].share > 0.9 and "stated when it was made" in told.table()[0]["verified by"]
+    edgelab("compress", model, "--scheme", "int8-row", "--out", tmp_path / "other")
+    with pytest.raises(ExportError, match="was made of another bundle"):
+        verify(folder, tmp_path / "other")
+
+
+def test_nothing_that_is_not_ours_is_replaced(bundle, tmp_path):  # noqa: F811
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years")
+    with pytest.raises(ExportError, match=r"precious is a folder with no file deploy.json in it: it is not replaced"):
+        deploy(bundle, out, targets=["onnx"], check=False)
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    for place in (copy, copy / "inside", tmp_path):
+        with pytest.raises(ValueError, match="is, holds or lies in the model"):
+            deploy(copy, place, targets=["onnx"], check=False)
+    assert (out / "thesis.txt").read_text() == "years" and (copy / "edgelab.json").is_file()
+
+
+def test_a_phone_gets_a_module_and_a_file_and_each_says_its_shape(bundle, tmp_path):  # noqa: F811
+    done = deploy(bundle, tmp_path / "d", device="arm64", batch_size=2, check=False)
+    assert list(done.results) == ["android", "gguf"]
+    assert (tmp_path / "d" / "android" / "edgelab" / "src" / "main" / "assets" / "edgelab" / "model.onnx").is_file()
+    assert [line["shape"] for line in done.table()] == ["any; meant for up to 2 rows", "the runtime's choice"]
+    text = (tmp_path / "d" / "README.md").read_text()
+    assert "not verified" in text and "Measured where" not in text
+    assert list(verify(tmp_path / "d").results) == ["android", "gguf"]
+
+
 def test_fixed_shape(bundle, tmp_path):  # noqa: F811
     done = deploy(bundle, tmp_path / "d", device="x86-64", targets=["onnx"], batch_size=2, length=16, dynamic_shape=False)
     (value,) = onnx.load(str(tmp_path / "d" / "model.onnx")).graph.input
     assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [2, 16]
     assert done.results["onnx"].parity["cosine"] > 0.9999 and not done.measured
-    assert "2 rows of 16 tokens, nothing else" in (tmp_path / "d" / "README.md").read_text()
+    text = (tmp_path / "d" / "README.md").read_text()
+    assert "2 rows of 16 tokens" in text and "there is no cache" in text and "present" not in text
+    assert "16 tokens" in done.results["onnx"].verified_by and "24" not in done.results["onnx"].verified_by.split("Provider")[1]
+    with pytest.raises(ExportError, match="its files take one row; batch_size=2 is not for it"):
+        deploy(bundle, tmp_path / "e", device="arm64", targets=["litert"], batch_size=2, dynamic_shape=False)
 
 
 def test_every_target_of_every_device_is_written_or_said_to_be_left_out(bundle, tmp_path, monkeypatch):  # noqa: F811
@@ -96,7 +169,10 @@ def test_every_target_of_every_device_is_written_or_said_to_be_left_out(bundle, 
     "settings, error, said",
     [
         ({"device": "toaster"}, ValueError, "device='toaster' is not one of arm64"),
-        ({"targets": ["elf"]}, ValueError, "'elf' is not one of onnx"),
+        ({"targets": ["elf"]}, ValueError, "'elf' is no list of onnx"),
+        ({"targets": []}, ValueError, r"targets=\[\]"),
+        ({"targets": "onnx"}, ValueError, "'onnx' is no list of"),
+        ({"batch_size": True}, ValueError, "batch_size=True"),
         ({"device": "browser", "dynamic_shape": False}, ValueError, "no files of a fixed shape"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"length": 10**6}, ValueError, "length=1000000 is more than the"),

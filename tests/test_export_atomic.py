@@ -170,3 +170,39 @@ def test_a_file_that_may_not_grow_is_said(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m").read_text() == "old"
+
+
+def test_what_is_in_the_way_and_not_ours_stays(tmp_path):
+    def refused(match, *paths, **settings):
+        with pytest.raises(ExportError, match=match), whole_or_nothing(*paths, **settings):
+            raise AssertionError("never reached")
+
+    work = tmp_path / ".m.edgelab"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years")
+    refused(r"\.m\.edgelab is in the way and not of edgelab", tmp_path / "m")
+    assert (work / "thesis.txt").read_text() == "years"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("years")
+    refused(r"folder is a folder with other things in it", tmp_path / "folder")
+    refused(r"folder is a folder with no file page.json in it", tmp_path / "folder", ours="page.json")
+    (tmp_path / "n.bin").write_text("mine")
+    refused(r"n.bin exists without n.xml and would be overwritten", tmp_path / "n.xml", tmp_path / "n.bin")
+    assert {p.name for p in tmp_path.iterdir()} == {".m.edgelab", "folder", "n.bin"}
+
+
+def test_two_writers_of_the_same(tmp_path):
+    with whole_or_nothing(tmp_path / "m") as (path,):
+        path.write_text("first")
+        with pytest.raises(ExportError, match=r"another process is writing .*m; wait for it"), whole_or_nothing(tmp_path / "m"):
+            raise AssertionError("never reached")
+    assert (tmp_path / "m").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(ExportError, match="m was not written"), whole_or_nothing(tmp_path / "m"):
+        pass
+    assert (tmp_path / "m").read_text() == "first"
+
+
+def test_a_name_of_another_format_is_no_folder(tmp_path):
+    with pytest.raises(ExportError, match=r"m.gguf does not end in .onnx"):
+        export(tiny(qwen3(), None), "onnx", tmp_path / "m.gguf", check=False)
+    assert not list(tmp_path.iterdir())

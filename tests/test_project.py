@@ -53,7 +53,7 @@ FLOORS = [
     | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
     | {"expert_stats", "expert_steps", "routing"}
     | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"}
-    | {"interface", "startup", "devices", "deploy", "byte_map", "byte_formats"},
+    | {"interface", "startup", "devices", "deploy", "deploy_readme", "byte_map", "byte_formats"},
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
     | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"},
 ]

@@ -59,9 +59,13 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def nets(split) -> dict[str, nn.Sequential]:
-    made = {"standard": network(width=4), "separable": network(True, width=4)}
-    for net in made.values():
-        train(net, split.train, epochs=10)
+    made, threads = {"standard": network(width=4), "separable": network(True, width=4)}, torch.get_num_threads()
+    torch.set_num_threads(1)  # training repeats exactly only on as many threads, and the tests below are about these networks
+    try:
+        for net in made.values():
+            train(net, split.train, epochs=10)
+    finally:
+        torch.set_num_threads(threads)
     return made
 
 

@@ -25,6 +25,10 @@ class ExportError(RuntimeError):
     """An export that cannot be made, or that its verification refuses."""
 
 
+class NoRuntimeError(ExportError):
+    """What would run the file is not on this machine: it can be written, not verified."""
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """What was written and what its verification found.
@@ -64,7 +68,8 @@ class ExportResult:
 
     def table(self) -> list[dict[str, str]]:
         """One dict {item, value} per line, for the CLI, the notebooks and the page."""
-        lines = {"target": self.target, "file": ", ".join(f.name for f in self.files)}
+        names = [f.name for f in self.files]
+        lines = {"target": self.target, "file": ", ".join(names if len(names) < 4 else [names[0], f"and {len(names) - 1} more"])}
         lines["size"] = f"{self.bytes:,} bytes ({self.predicted_bytes:,} of weights)"
         lines["bits per weight"] = f"{self.bits_per_weight:.3f}"
         lines["weights quantized"] = f"{self.weights_quantized:,} of {self.weights_total:,} ({self.share:.1%})"

@@ -23,14 +23,13 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.export.checks import LENGTHS, MIN_COSINE, MIN_TOP1, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
 
 FORMAT = 1  # of edgelab.json; EdgeChat.FORMAT is the same
 ANDROID = Path(__file__).resolve().parent / "android_module"
 IOS = Path(__file__).resolve().parent / "ios_module"
 SHARED = ("edge_runtime.c", "edge_runtime.h", "ort_slots.h")  # C files that both have
 ASSETS = Path("edgelab") / "src" / "main" / "assets" / "edgelab"
-MIN_TOP1 = 0.99
 TEXTS = (  # what the Java tokenizer is asked; with white space, other scripts, signs of four bytes and what looks like a token
     "heat the kitchen to twenty one degrees",
     "37+45=",
@@ -86,7 +85,7 @@ def export(
     if check:
         android_jvm.tools()  # missing? then say so before the work
 
-    with whole_or_nothing(out) as (folder,):
+    with whole_or_nothing(out, ours="manifest.json") as (folder,):
         folder.mkdir()
         shutil.copytree(ANDROID, folder / "edgelab", ignore=shutil.ignore_patterns("README.md"))
         shutil.copytree(IOS, folder / "ios")
@@ -222,7 +221,7 @@ def verify(
     from edgelab.export import android_jvm
 
     model = causal_lm(model)
-    folder = _folder_of(result)
+    folder = _folder_of(result).resolve()  # the JVM runs in another one
     _check_files(folder)
     if not result.weights_total:  # found on the disk, and not counted yet
         result = _counted(result, model, folder)

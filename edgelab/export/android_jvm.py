@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelab.export import ExportError
+from edgelab.export import ExportError, NoRuntimeError
 
 _WARNINGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 # by name: "all" would bring what a later JDK adds, such as a warning about any System.loadLibrary (24)
@@ -41,18 +41,20 @@ class Tools:
 def tools() -> Tools:
     """What compiles and runs the module here. Raises ExportError, saying what to install, for the first that is missing."""
     if not sys.platform.startswith("linux"):
-        raise ExportError(f"the module is compiled and run on Linux only, not on {sys.platform}; export with check=False")
-    way_out = "(Debian and Ubuntu: apt install {}); export with check=False to leave the run on a JVM out"
+        raise NoRuntimeError(
+            f"the module is compiled and run on Linux only, not on {sys.platform}; leave that out: check=False (--no-verify)"
+        )
+    way_out = "(Debian and Ubuntu: apt install {}); leave that out: check=False (--no-verify) to leave the run on a JVM out"
     cc = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if cc is None:
-        raise ExportError(f"there is no C compiler on the PATH, which the module's C code needs {way_out.format('gcc libc6-dev')}")
+        raise NoRuntimeError(f"there is no C compiler on the PATH, which the module's C code needs {way_out.format('gcc libc6-dev')}")
     javac, java = shutil.which("javac"), shutil.which("java")
     if javac is None or java is None:
         missing = "javac" if javac is None else "java"
-        raise ExportError(f"there is no {missing} on the PATH, which the module's classes need {way_out.format('default-jdk-headless')}")
+        raise NoRuntimeError(f"there is no {missing} on the PATH, which the module's classes need {way_out.format('default-jdk-headless')}")
     headers = Path(javac).resolve().parents[1] / "include"
     if not (headers / "jni.h").is_file():
-        raise ExportError(f"{headers} has no jni.h; install a whole JDK {way_out.format('default-jdk-headless')}")
+        raise NoRuntimeError(f"{headers} has no jni.h; install a whole JDK {way_out.format('default-jdk-headless')}")
     return Tools(cc, javac, java, headers, runtime_library())
 
 
@@ -61,12 +63,12 @@ def runtime_library() -> Path:
     try:
         import onnxruntime
     except ImportError:
-        raise ExportError('onnxruntime is not installed: pip install "edgelab[export]"') from None
+        raise NoRuntimeError('onnxruntime is not installed: pip install "edgelab[export]"') from None
     found = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
     if not found:
-        raise ExportError(
+        raise NoRuntimeError(
             f"onnxruntime {onnxruntime.__version__} comes without libonnxruntime.so (its Linux wheels have it): "
-            "reinstall it from PyPI, or export with check=False"
+            "reinstall it from PyPI, or leave that out: check=False (--no-verify)"
         )
     return found[0]
 

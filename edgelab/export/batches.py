@@ -113,6 +113,8 @@ def measure(path: Path, batches: Sequence[int], threads: int, length: int, steps
                 "prompt": length,
                 "first_token_s": median(r["first_s"] for r in runs),
                 "tokens_per_s": rows / median(r["step_s"] for r in runs),
+                "tokens_per_s_low": rows / max(r["step_s"] for r in runs),
+                "tokens_per_s_high": rows / min(r["step_s"] for r in runs),
                 "peak_bytes": median(r["peak"] for r in runs),
                 "machine": machine(),
             }

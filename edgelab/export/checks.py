@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgelab.export import ExportError
+from edgelab.export import TARGETS, ExportError
 from edgelab.layers import QExperts, Quantized
 from edgelab.runtime_steps import steps_of
 
-MIN_COSINE = 0.9999
+MIN_COSINE, MIN_TOP1 = 0.9999, 0.99
 LENGTHS = (24, 96)
 
 
@@ -59,40 +59,106 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share o
 
 
 @contextmanager
-def whole_or_nothing(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """A path to write to for each of `paths` (files or folders of one parent), in a folder beside them. When the block ends well they
-    take their places, the first, which stands for all, last. When it does not, nothing is left and what was there is still there; after
-    a kill the next call puts that back. One file is replaced in one step; while a folder or several files are, there is none under the
-    first name for a moment. A full disk becomes an ExportError."""
-    parent = paths[0].parent
-    work = parent / f"{paths[0].name}.tmp"
-    _put_back(paths, work)
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        yield tuple(work / p.name for p in paths)
-        for path in paths:
-            if path.is_dir() or (len(paths) > 1 and path.exists()):  # never new beside old, and no rename replaces a folder
-                os.rename(path, work / f"{path.name}.old")
-        for path in reversed(paths):
-            if (work / path.name).exists():
-                os.replace(work / path.name, path)
-    except OSError as e:
-        if e.errno in FULL:
-            why = os.strerror(e.errno).lower()
-            raise ExportError(f"{parent}: {why}; nothing was left there: free some space or write elsewhere") from e
-        raise
-    finally:
+def whole_or_nothing(*paths: Path, ours: str = "") -> Iterator[tuple[Path, ...]]:
+    """A path to write to for each of `paths` (files or folders of one parent), in a hidden folder beside them. When the block ends well
+    they take their places, the first, which stands for all, last. When it does not, nothing is left and what was there is still there;
+    after a kill the next call puts that back. One file is replaced in one step; while a folder or several files are, there is none under
+    the first name for a moment. A folder is replaced only if it is empty or holds the file `ours`.
+
+    Raises ExportError, before anything is written, for what is not ours to replace and where another process writes the same; and for a
+    full disk.
+    """
+    first, parent = paths[0], paths[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    work = parent / f".{first.name}.edgelab"
+    with _alone(work, first):
         _put_back(paths, work)
+        _may_replace(paths, ours)
+        try:
+            for name in ("new", "old"):
+                shutil.rmtree(work / name, ignore_errors=True)
+                (work / name).mkdir()
+            yield tuple(work / "new" / p.name for p in paths)
+            if not (work / "new" / first.name).exists():
+                raise ExportError(f"{first.name} was not written, or was taken away meanwhile; export again")
+            _synced(work / "new")
+            (work / "moving").touch()
+            for path in paths:
+                if path.is_dir() or (len(paths) > 1 and path.exists()):  # never new beside old, and no rename replaces a folder
+                    os.rename(path, work / "old" / path.name)
+            for path in reversed(paths):
+                if (work / "new" / path.name).exists():
+                    os.replace(work / "new" / path.name, path)
+        except OSError as e:
+            if e.errno in FULL:
+                why = os.strerror(e.errno).lower()
+                raise ExportError(f"{parent}: {why}; nothing was left there: free some space or write elsewhere") from e
+            raise
+        finally:
+            _put_back(paths, work)
+
+
+@contextmanager
+def _alone(work: Path, path: Path) -> Iterator[None]:
+    """While it is active no other process has the folder `work`; afterwards it is gone."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are not told from each other there
+        fcntl = None
+    if work.exists() and not (work / "lock").is_file() and (not work.is_dir() or any(work.iterdir())):
+        raise ExportError(f"{work} is in the way and not of edgelab: move it elsewhere")
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (work / "lock").open("a")
+        except FileNotFoundError:  # the other one has just cleared it away
+            continue
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino == (work / "lock").stat().st_ino:  # and not one that was cleared away meanwhile
+                break
+        except BlockingIOError as e:
+            lock.close()
+            raise ExportError(f"another process is writing {path}; wait for it, or write elsewhere") from e
+        except FileNotFoundError:
+            pass
+        lock.close()
+    try:
+        yield
+    finally:
         shutil.rmtree(work, ignore_errors=True)
+        lock.close()
+
+
+def _may_replace(paths: tuple[Path, ...], ours: str) -> None:
+    first, *others = paths
+    if first.is_dir() and any(first.iterdir()) and not (ours and (first / ours).is_file()):
+        what = f"no file {ours}" if ours else "other things"
+        raise ExportError(f"{first} is a folder with {what} in it: it is not replaced; choose another place")
+    if not first.exists() and (lonely := next((p for p in others if p.exists()), None)):
+        raise ExportError(f"{lonely} exists without {first.name} and would be overwritten; choose another place, or move it")
 
 
 def _put_back(paths: tuple[Path, ...], work: Path) -> None:
     """Undo a replacement that did not come to its end."""
-    if not paths[0].exists() and (work / f"{paths[0].name}.old").exists():
-        for path in reversed(paths):
-            if (old := work / f"{path.name}.old").exists():
-                os.replace(old, path)
+    if not (work / "moving").exists() or paths[0].exists():
+        return
+    for path in paths[1:]:
+        if path.exists() and not (work / "new" / path.name).exists():
+            path.unlink()  # the new one, alone
+    for path in reversed(paths):
+        if (old := work / "old" / path.name).exists():
+            os.replace(old, path)
+    (work / "moving").unlink()
+
+
+def _synced(folder: Path) -> None:
+    """Have what is in `folder` on the disk, so that after a power cut no name stands for less."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
 
 
 @torch.no_grad()
@@ -124,12 +190,31 @@ def compared(pairs: Iterable[tuple[np.ndarray, Tensor]]) -> dict[str, float]:
             raise ExportError(f"the runtime gives logits {theirs.shape}; torch gives {ours.shape}")
         norms = np.linalg.norm(theirs) * np.linalg.norm(ours)
         cosine = min(cosine, float((theirs * ours).sum() / norms) if norms and np.isfinite(norms) else -1.0)
-        worst = max(worst, float(np.abs(theirs - ours).max()))
+        worst = float(np.maximum(worst, np.abs(theirs - ours).max()))  # NaN stays NaN
         p, q = log_softmax(ours), log_softmax(theirs)
         kld += float((np.exp(p) * (p - q)).sum())
-        top += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        top += float(((theirs.argmax(-1) == ours.argmax(-1)) & np.isfinite(theirs).all(-1)).sum())
         rows += len(ours)
     return {"cosine": cosine, "max_abs_diff": worst, "top1_agreement": top / rows, "kld": kld / rows}
+
+
+def require(parity: Mapping[str, float], what: str, min_cosine: float = MIN_COSINE, advice: str = "") -> None:
+    """Raises ExportError unless logits agree: the cosine, and where that is asked for in full the most likely token too."""
+    if parity["cosine"] >= min_cosine and (min_cosine < MIN_COSINE or parity["top1_agreement"] >= MIN_TOP1):
+        return
+    raise ExportError(
+        f"logits of {what} have cosine {parity['cosine']:.6f} to torch's and the same top token in {parity['top1_agreement']:.2%}; "
+        f"{min_cosine} and {MIN_TOP1:.0%} are asked for" + (f". {advice}" if advice else "")
+    )
+
+
+def place(out: str | Path, name: str) -> Path:
+    """The file `out`, or `name` in the folder `out`. Raises ExportError for a name that is another format's."""
+    out, suffix = Path(out), Path(name).suffix
+    others = {Path(n).suffix for n in TARGETS.values()} - {suffix, ""}
+    if out.suffix in others or (out.is_file() and out.suffix != suffix):
+        raise ExportError(f"{out} does not end in {suffix}; give a name that does, or a folder")
+    return out if out.suffix == suffix else out / name
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import causal_lm, whole_or_nothing
+from edgelab.export.checks import causal_lm, place, whole_or_nothing
 from edgelab.export.plain import Plain, Weight, checked_length, group_scales, plain, signed, stored_bytes, told, whole
 
 PRECISIONS = ("float32", "float16")
@@ -86,9 +86,9 @@ def export(
     p = plain(model)
     ct = _needed()
     out = Path(out)
-    path = out if out.suffix == ".mlpackage" else out / "model.mlpackage"
+    path = place(out, "model.mlpackage")
     began = time.perf_counter()
-    with whole_or_nothing(path) as (part,):
+    with whole_or_nothing(path, ours="Manifest.json") as (part,):
         package = _converted(ct, p, model, length, precision)
         with _hushed():
             package = ct.models.utils._apply_graph_pass(package, _pass(ct, p, precision), spec_version=9, skip_model_load=True)

@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, whole_or_nothing
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, place, require, whole_or_nothing
 from edgelab.export.plain import (
     MIN_AS_RUN,
     MODES,
@@ -129,7 +129,7 @@ def export(
         _refuse_for_kernels(p)
     needed = _needed()
     out = Path(out)
-    path = out if out.suffix == ".pte" else out / "model.pte"
+    path = place(out, "model.pte")
     began = time.perf_counter()
     with whole_or_nothing(path) as (part,):
         program = _lowered(needed, _with_codes(needed, plain(model), mode), model, length, places, mode)
@@ -225,10 +225,8 @@ def verify(
         raise ExportError(f"{path.name} has {size:,} bytes; the weights take {predicted:,}, the rest at most {allowed:,}")
     lengths = tuple(sorted({min(n, places or length) for n in lengths}))
     parity = agreement(_runner(program, model, length, places), model, lengths, seed)
-    if not parity["cosine"] >= (min_cosine if min_cosine is not None else MIN_COSINE if mode == "exact" else MIN_AS_RUN):
-        raise ExportError(
-            f"logits of {path.name} ({mode}) in ExecuTorch have cosine {parity['cosine']:.6f} to torch's; mode='exact' is faithful"
-        )
+    least = min_cosine if min_cosine is not None else MIN_COSINE if mode == "exact" else MIN_AS_RUN
+    require(parity, f"{path.name} ({mode}) in ExecuTorch", least, "" if mode == "exact" else 'mode="exact" is faithful')
     how = " portable kernels" if mode == "exact" else " XNNPACK, inputs rounded to int8"
     by = f"ExecuTorch {version('executorch')}{how}, {' + '.join(map(str, lengths))} tokens"
     notes = result.notes or told(p, mode, length, places)

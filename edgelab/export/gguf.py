@@ -48,8 +48,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.export import ExportError, ExportResult, NoRuntimeError
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, place, refuse_other_arithmetic, require, whole_or_nothing
 from edgelab.export.gguf_file import F16, F32, Q2_0, QUANTIZED, TYPES, StoredTensor, read, unblock, value_bytes, write
 from edgelab.export.gguf_metadata import PRE_TOKENIZERS, TEXTS, metadata_of, refuse_config, vocabulary_of
 from edgelab.export.gguf_tensors import ARCHITECTURES, Out, tensors_of
@@ -93,7 +93,7 @@ def export(
 
         tokenizer = load_tokenizer(model)
     model, out = causal_lm(model), Path(out)
-    path = out if out.suffix == ".gguf" else out / "model.gguf"
+    path = place(out, "model.gguf")
     if mla not in (None, *MLA):
         raise ExportError(f"mla={mla!r} is not one of {', '.join(MLA)}")
     if check:
@@ -243,11 +243,7 @@ def verify(
                 with _llama(runtime, twin, length) as llama:
                     parity = agreement(lambda ids: _logits(llama, ids), model, lengths, seed)
         parity |= {f"as_run_{k}": v for k, v in as_run.items()}
-    if not parity["cosine"] >= min_cosine:
-        raise ExportError(
-            f"logits of {path.name} in llama.cpp ({form or 'as it runs, '}{_told(parity)}) have cosine {parity['cosine']:.6f} to torch's; "
-            f"{min_cosine} is asked for"
-        )
+    require(parity, f"{path.name} in llama.cpp ({form or 'as it runs, '}{_told(parity)})", min_cosine)
     if not as_run["cosine"] >= MIN_AS_RUN:
         raise ExportError(f"{path.name}: {notes[-1]}. A cosine below {MIN_AS_RUN} is no rounding any more")
     by = f"llama.cpp (llama-cpp-python {runtime.__version__}) CPU, {form}{' + '.join(map(str, lengths))} tokens"
@@ -292,9 +288,9 @@ def _runtime():
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as e:  # a wheel built for another processor fails with the latter two
-        raise ExportError(
+        raise NoRuntimeError(
             f'llama-cpp-python is not installed or does not load ({e}); verification needs the extra `gguf`: pip install "edgelab[gguf]" '
-            "(it builds llama.cpp, some 20 minutes). export(check=False) writes the file without it"
+            "(it builds llama.cpp, some 20 minutes). check=False (--no-verify) writes the file without it"
         ) from e
     return llama_cpp
 

@@ -187,7 +187,9 @@ def read(path: str | Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
         if kind == 8:
             return text()
         inner, count = take("<IQ") if kind == 9 else (kind, 1)
-        if inner in (8, 9):
+        if inner == 9:
+            raise ExportError(f"{path.name} holds an array of arrays: it is damaged")
+        if inner == 8:
             return [value(inner) for _ in range(count)]
         if inner not in scalars:
             raise ExportError(f"{path.name} holds a value of the unknown type {inner}: it is damaged")
@@ -206,6 +208,8 @@ def read(path: str | Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     listed = []
     for _ in range(count):
         name, dims = text(), take("<I")
+        if not 1 <= dims <= 4:
+            raise ExportError(f"{path.name}: {name} has {dims} dimensions, ggml has 1 to 4: it is damaged")
         shape = take(f"<{dims}Q")
         shape = shape if isinstance(shape, tuple) else (shape,)
         number, offset = take("<IQ")

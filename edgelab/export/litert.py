@@ -46,7 +46,7 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, whole_or_nothing
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, place, require, whole_or_nothing
 from edgelab.export.plain import (
     MIN_AS_RUN,
     Plain,
@@ -81,7 +81,8 @@ def _needed(converter: bool = True) -> SimpleNamespace:
             litert_torch = __import__("litert_torch") if converter else None
     except ImportError as e:
         raise ExportError(
-            f'{e.name or "ai-edge-litert"} is not installed; export to LiteRT needs the extra `litert`: pip install "edgelab[litert]"'
+            f"{e.name or 'ai-edge-litert'} is not installed; export to LiteRT needs the extra `litert` in an environment of its own: "
+            'pip install -c .ci/constraints-litert.txt "edgelab[litert]"'
         ) from e
     return SimpleNamespace(schema=schema_py_generated, runtime=interpreter, convert=litert_torch)
 
@@ -368,7 +369,7 @@ def export(
         _refuse_for_kernels(p)
     needed = _needed()
     out = Path(out)
-    path = out if out.suffix == ".tflite" else out / "model.tflite"
+    path = place(out, "model.tflite")
     began = time.perf_counter()
     with whole_or_nothing(path) as (part,):
         file = _File(needed.schema, _converted(needed.convert, p, model, length, places), path.name)
@@ -450,10 +451,8 @@ def verify(
         raise ExportError(f"{path.name} has {size:,} bytes; the weights take {predicted:,} and {operators:,} operators at most {allowed:,}")
     lengths = tuple(sorted({min(n, places or length) for n in lengths}))
     parity = agreement(_runner(needed.runtime, path, length, places), model, lengths, seed)
-    if not parity["cosine"] >= (min_cosine if min_cosine is not None else MIN_COSINE if mode == "exact" else MIN_AS_RUN):
-        raise ExportError(
-            f'logits of {path.name} ({mode}) in LiteRT have cosine {parity["cosine"]:.6f} to torch\'s; mode="exact" is faithful'
-        )
+    least = min_cosine if min_cosine is not None else MIN_COSINE if mode == "exact" else MIN_AS_RUN
+    require(parity, f"{path.name} ({mode}) in LiteRT", least, "" if mode == "exact" else 'mode="exact" is faithful')
     from importlib.metadata import version
 
     how = "" if mode == "exact" else ", inputs rounded to int8"

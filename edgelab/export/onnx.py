@@ -52,8 +52,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
-from edgelab.fold import QUICK, kind_of
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, place, refuse_other_arithmetic, require, whole_or_nothing
+from edgelab.fold import QUICK, activations, kind_of
 from edgelab.layers import QEmbedding, QExperts, QLinear
 from edgelab.model import family_of
 from edgelab.qtensor import QTensor, pack, unpack
@@ -640,7 +640,7 @@ def export(
         raise ExportError(f"fixed={fixed!r}: {why}")
     model = causal_lm(model)
     out = Path(out)
-    path = out if out.suffix == ".onnx" else out / "model.onnx"
+    path = place(out, "model.onnx")
     began = time.perf_counter()
 
     refuse_other_arithmetic(model)
@@ -668,7 +668,13 @@ def export(
     traced.producer_name, traced.producer_version = "edgelab", _version()
     schemes = sorted({str(w.q.scheme) for _, w in _codes(layers)})
     traced.metadata_props["edgelab"] = json.dumps(
-        {"schemes": schemes, "experts": experts, "accuracy_level": accuracy_level, "cache": cache}
+        {
+            "schemes": schemes,
+            "experts": experts,
+            "accuracy_level": accuracy_level,
+            "cache": cache,
+            "activations": sorted(set(activations(model).values())),
+        }
     )
 
     weight_bytes = sum(v.const_value.nbytes for v in graph.initializers.values())
@@ -736,7 +742,17 @@ def verify(
     needed = _runtime()
     layers = list(_layers(model))
     expected = _count(model, layers, result.files)
-    graph = needed.onnx.load(str(result.files[0])).graph
+    try:
+        held = needed.onnx.load(str(result.files[0]))
+    except Exception as e:  # protobuf's own errors, and a missing file of weights
+        raise ExportError(f"{result.files[0].name} is no ONNX file, or a damaged one: {str(e).strip()[:200]}") from e
+    graph, stated = held.graph, _stated(held)
+    kinds = sorted(set(activations(model).values()))
+    if stated.get("activations", kinds) != kinds:
+        was = ", ".join(stated["activations"])
+        raise ExportError(
+            f"{result.files[0].name} was made of a model with {was}; this one has {', '.join(kinds)}: apply the same fallback"
+        )
     quantized, experts = _check_codes(needed.onnx, graph, layers)
     _check_floats(needed.onnx, graph, model)
     if quantized != expected.weights_quantized or experts != expected.experts_quantized:
@@ -751,12 +767,11 @@ def verify(
             f"{result.files[0].name} has {expected.bytes:,} bytes; the weights take {expected.predicted_bytes:,} "
             f"and the graph at most {allowed:,}: a weight went out in another form"
         )
-    parity = _parity(needed.ort, result.files[0], model, lengths, seed)
-    if not parity["cosine"] >= min_cosine:
-        raise ExportError(
-            f"logits of {result.files[0].name} in ONNX Runtime have cosine {parity['cosine']:.6f} to torch's; {min_cosine} is asked for. "
-            "Export with accuracy_level=1 (float32 activations) and experts='sparse', or lower min_cosine knowingly"
-        )
+    parity, lengths = _parity(needed.ort, result.files[0], model, lengths, seed)
+    advice = (
+        "Export with accuracy_level=1 (float32 activations), or lower min_cosine knowingly" if stated.get("accuracy_level") == 4 else ""
+    )
+    require(parity, f"{result.files[0].name} in ONNX Runtime", min_cosine, advice)
     by = f"onnxruntime {needed.ort.__version__} CPUExecutionProvider, {' + '.join(map(str, lengths))} tokens"
     return replace(expected, notes=result.notes, seconds=result.seconds, parity=parity, verified_by=by)
 
@@ -809,6 +824,15 @@ def _check_codes(onnx, graph, layers: list[tuple[nn.Module, _Layer, int]]) -> tu
     return sum(found.values()), found["experts"]
 
 
+def _stated(held) -> dict:
+    """What `export` wrote into the file about how it was made; {} where that is not to be had."""
+    try:
+        stated = json.loads({p.key: p.value for p in held.metadata_props}.get("edgelab", "{}"))
+    except ValueError:
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
 def _check_floats(onnx, graph, model: nn.Module) -> None:
     """Norms, routers, biases and what else is stored under its own name must be the model's to the bit. (The tracer merges those that are
     equal: not every one is there.)"""
@@ -840,9 +864,9 @@ def _unfuse(node, origin: Callable, arrays: dict, readers: dict, layers: list[tu
             readers.setdefault(f"{name}.codes", []).append(("QMoE", f"{name}.scales", settings | {"K": n, "N": len(c)}))
 
 
-def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int) -> dict[str, float]:
-    """Agreement of ONNX Runtime's logits with torch's. A file with a cache reads half of the tokens at once, then a quarter, then one
-    by one, each time on what it remembers."""
+def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: int):
+    """(agreement of ONNX Runtime's logits with torch's, the lengths that were run: a fixed shape cuts them). A file with a cache reads half
+    of the tokens at once, then a quarter, then one by one, each time on what it remembers."""
     session = _session(ort, path)
     past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
     rows, most = session.get_inputs()[0].shape
@@ -866,7 +890,7 @@ def _parity(ort, path: Path, model: nn.Module, lengths: tuple[int, ...], seed: i
             logits.append(out[0])
         return np.concatenate(logits)
 
-    return agreement(run, model, lengths, seed)
+    return agreement(run, model, lengths, seed), lengths
 
 
 def _session(ort, path: Path):

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, whole_or_nothing
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, place, require, whole_or_nothing
 from edgelab.export.onnx import _Causal
 from edgelab.export.plain import Plain, Weight, group_scales, plain, scale_run, signed, stored_bytes, told
 from edgelab.qtensor import pack
@@ -80,7 +80,7 @@ def export(model: "nn.Module | str | Path", out: str | Path, *, check: bool = Tr
     p = plain(model)
     ov = _needed()
     out = Path(out)
-    path = out if out.suffix == ".xml" else out / "model.xml"
+    path = place(out, "model.xml")
     places = (path, path.with_suffix(".bin"))
     began = time.perf_counter()
     with whole_or_nothing(*places) as files:
@@ -176,8 +176,7 @@ def verify(
     if size > predicted + allowed:
         raise ExportError(f"{path.name} and .bin have {size:,} bytes; the weights take {predicted:,}, the graph at most {allowed:,}")
     parity = agreement(_runner(core, graph, EXACT), model, lengths, seed)
-    if not parity["cosine"] >= min_cosine:
-        raise ExportError(f"logits of {path.name} in OpenVINO have cosine {parity['cosine']:.6f} to torch's; {min_cosine} is asked for")
+    require(parity, f"{path.name} in OpenVINO", min_cosine)
     quick = agreement(_runner(core, graph, {}), model, lengths, seed)
     text = f"{_RUNTIME_NOTE}with default settings 1 - cosine {1 - quick['cosine']:.1e}, same top token {quick['top1_agreement']:.2%}"
     notes = (*(n for n in result.notes if not n.startswith(_RUNTIME_NOTE)), text)

@@ -36,7 +36,7 @@ from torch import nn
 
 import edgelab
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import MIN_COSINE, compared, whole_or_nothing
+from edgelab.export.checks import MIN_COSINE, compared, place, require, whole_or_nothing
 from edgelab.export.onnx import IR_VERSION, OPSET, _runtime
 from edgelab.vision import Images, Layer, Pool, Static, chain, latencies_ms, logits, share_of, spread_ms
 
@@ -161,7 +161,7 @@ def export(model: nn.Module, out: str | Path, *, check: bool = True) -> ExportRe
     needed = _runtime()
     onnx = needed.onnx
     out = Path(out)
-    path = out if out.suffix == ".onnx" else out / "model.onnx"
+    path = place(out, "model.onnx")
     began = time.perf_counter()
     if model.training and not isinstance(model, Static):
         raise ExportError(f"{type(model).__name__} is in training mode; call model.eval() first")
@@ -242,10 +242,7 @@ def verify(
     draw = np.random.default_rng(seed)
     pixels = pixels or [draw.random((IMAGES, channels, size, size), np.float32) for size in SIZES]
     parity = agreement(run(result.files[0], options), model, pixels)
-    if not parity["cosine"] >= min_cosine:
-        raise ExportError(
-            f"logits of {result.files[0].name} in ONNX Runtime have cosine {parity['cosine']:.6f} to torch's; {min_cosine} is asked for"
-        )
+    require(parity, f"{result.files[0].name} in ONNX Runtime", min_cosine)
     by = f"onnxruntime {needed.ort.__version__} CPUExecutionProvider, {sum(map(len, pixels))} images of {len(pixels)} sizes"
     return replace(result, bytes=expected.bytes, weights_quantized=quantized, parity=parity, verified_by=by, notes=notes)
 

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from edgelab.export import ExportError, ExportResult
-from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, whole_or_nothing
+from edgelab.export.checks import LENGTHS, MIN_COSINE, agreement, causal_lm, refuse_other_arithmetic, require, whole_or_nothing
 from edgelab.export.web_browser import Opened, find_browser, opened
 from edgelab.export.web_runtime import _MIT, RUNTIME, RUNTIME_VERSION, runtime_files
 from edgelab.export.web_server import HEADERS, POLICY, TYPES, serving
@@ -90,7 +90,7 @@ def export(
     if check:
         find_browser()  # missing? then say so before the work
 
-    with whole_or_nothing(out) as (folder,):
+    with whole_or_nothing(out, ours="web.json") as (folder,):
         folder.mkdir()
         result = onnx.export(model, folder / "model.onnx", cache=True, experts="auto", accuracy_level=1, check=False)
         if len(result.files) > 1:
@@ -237,11 +237,8 @@ def _verify(result: ExportResult, model: nn.Module, lengths: tuple[int, ...], mi
                 whole = agreement(page.logits, model, lengths, seed)
                 pieces = agreement(lambda ids: page.logits(ids, 5), model, lengths, seed + 1)
                 parity = {k: (min if k in ("cosine", "top1_agreement") else max)(whole[k], pieces[k]) for k in whole}
-                if not parity["cosine"] >= min_cosine:
-                    raise ExportError(
-                        f"logits in the browser have cosine {whole['cosine']:.6f} (in one go) and {pieces['cosine']:.6f} (through the "
-                        f"cache) to torch's; {min_cosine} is asked for"
-                    )
+                require(whole, "the page in the browser (in one go)", min_cosine)
+                require(pieces, "the page in the browser (through the cache)", min_cosine)
                 answer = page.tab.evaluate("([text, settings]) => edgelab.answer(text, settings)", [text, settings])
                 _same_answer(answer, model)
                 threads = page.tab.evaluate("edgelab.threads()")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelab.export import ExportError
+from edgelab.export import NoRuntimeError
 
 
 def chromium() -> str | None:
@@ -25,14 +25,14 @@ def find_browser():
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise ExportError(
-            'the page is verified in a browser, driven by playwright: pip install "edgelab[test]", or export with check=False'
+        raise NoRuntimeError(
+            'the page is verified in a browser, driven by playwright: pip install "edgelab[web]"; check=False (--no-verify) leaves that out'
         ) from None
     path = chromium()
     if path is None:
-        raise ExportError(
+        raise NoRuntimeError(
             "the page is verified in a real browser, and there is no Chromium or Chrome on the PATH "
-            "(Debian and Ubuntu: apt install chromium); export with check=False to leave that out"
+            "(Debian and Ubuntu: apt install chromium); check=False (--no-verify) leaves that out"
         )
     return sync_playwright, path
 

@@ -119,6 +119,6 @@ def _from_tarball(tarball: Path) -> dict[str, bytes]:
 
 
 def _keep(contents: Mapping[str, bytes], cache: Path) -> None:
-    with whole_or_nothing(*(cache / name for name in contents)) as places:
-        for place, content in zip(places, contents.values(), strict=True):
+    for name, content in contents.items():  # each is checked again when it is read
+        with whole_or_nothing(cache / name) as (place,):
             place.write_bytes(content)

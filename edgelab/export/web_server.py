@@ -44,7 +44,6 @@ class _Handler(SimpleHTTPRequestHandler):
 
     extensions_map: Mapping[str, str] = TYPES | {"": "application/octet-stream"}
     protocol_version = "HTTP/1.1"
-    served: tuple[str, ...] = ()
     headers_on = True
 
     def send_head(self):
