@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,14 @@ def test_a_phone_gets_a_module_and_a_file_and_each_says_its_shape(bundle, tmp_pa
     text = (tmp_path / "d" / "README.md").read_text()
     assert "not verified" in text and "Measured where" not in text
     assert list(verify(tmp_path / "d").results) == ["android", "gguf"]
+
+
+def test_without_its_runtime_a_file_is_written_and_said_not_to_be_verified(bundle, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    done = deploy(bundle, tmp_path / "d", device="arm64", targets=["gguf"])
+    assert (tmp_path / "d" / "model.gguf").is_file() and not done.refused and not done.results["gguf"].verified_by
+    assert any(note.startswith("not verified: llama-cpp-python is not installed") for note in done.results["gguf"].notes)
+    assert done.table()[0]["verified by"] == "not verified" and "not verified" in (tmp_path / "d" / "README.md").read_text()
 
 
 def test_fixed_shape(bundle, tmp_path):  # noqa: F811

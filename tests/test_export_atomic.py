@@ -206,3 +206,17 @@ def test_a_name_of_another_format_is_no_folder(tmp_path):
     with pytest.raises(ExportError, match=r"m.gguf does not end in .onnx"):
         export(tiny(qwen3(), None), "onnx", tmp_path / "m.gguf", check=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_before_moving_does_not_count_later(tmp_path):
+    pair = tmp_path / "n.xml", tmp_path / "n.bin"
+    for path in pair:
+        path.write_text("old")
+    work = tmp_path / ".n.xml.edgelab"
+    work.mkdir()
+    (work / "lock").touch()
+    (work / "moving").touch()
+    with pytest.raises(RuntimeError), whole_or_nothing(*pair):
+        pair[0].unlink()  # by somebody else, meanwhile
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["n.bin"] and pair[1].read_text() == "old"

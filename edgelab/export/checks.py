@@ -74,6 +74,7 @@ def whole_or_nothing(*paths: Path, ours: str = "") -> Iterator[tuple[Path, ...]]
     with _alone(work, first):
         _put_back(paths, work)
         _may_replace(paths, ours)
+        (work / "moving").unlink(missing_ok=True)  # of a killed call that had not moved anything yet
         try:
             for name in ("new", "old"):
                 shutil.rmtree(work / name, ignore_errors=True)
