@@ -43,7 +43,7 @@ _KEPT = _PANEL_TILES * ROWS * 4  # bytes of sums that wait between two panels, p
 _MOST_ROWS, _LEAST_ROWS = 192, 48  # of x taken with a panel before it is unpacked again
 _SECOND_LEVEL = 3 << 18  # bytes of x that should stay in the second-level cache meanwhile
 _PAD = 64  # bytes between rows of activations, lest rows of 4,096 all fall into the same sets of the cache
-_QUANTIZE_SHARED = 16  # rows of x from which on threads share the work of quantizing them
+QUANTIZE_SHARED = 16  # rows of x from which on threads share the work of quantizing them
 
 # The numbers that a kernel is handed, by position: addresses, sizes, strides (see `_run`).
 PLAN = 22
@@ -279,7 +279,7 @@ def _run_threads(prepare, compute, weight, sizes, offsets, x, rows, scratch, y, 
     """Fill the plan and do both jobs in `parts` parts, with `workers` threads besides this one."""
     plan(scratch, weight, sizes, offsets, x, rows, y)
     if prepare:
-        if offsets[-1] < _QUANTIZE_SHARED:
+        if offsets[-1] < QUANTIZE_SHARED:
             call(prepare, scratch.ctypes.data, 0, 1)
         else:
             each(state, prepare, scratch.ctypes.data, parts, workers, long)
@@ -298,11 +298,11 @@ def plan(scratch, weight, sizes, offsets, x, rows, y):
     p[GROUP], p[GROUP_UNITS], p[OUT], p[N] = group, units, out, n
     p[OFFSETS], p[SLOTS] = offsets.ctypes.data, offsets[-1]
     p[X], p[ROWS_OF_X], p[Y] = x.ctypes.data, rows.ctypes.data if rows.size else 0, y.ctypes.data
-    p[XQ], p[LDX] = a + _HEAD if copied else x.ctypes.data, ldx
+    p[XQ], p[LDX] = a + HEAD if copied else x.ctypes.data, ldx
     p[SX], p[START], p[PANEL], p[PANEL_STRIDE] = a + at_sx, a + at_start, a + at_panel, panel_stride
 
 
-_HEAD = -(-8 * PLAN // VECTOR) * VECTOR
+HEAD = -(-8 * PLAN // VECTOR) * VECTOR
 _KEEP = 64 << 20  # bytes of scratch memory that a thread may hold for good
 _NO_ROWS = np.empty(0, np.int64)
 _local = threading.local()
@@ -337,7 +337,7 @@ def _numbers(out: int, n: int, group: int, groups: int, slots: int, integer: boo
     # integers of a group stay together unless it is the row
     panel_units = max(_PANEL_UNITS[kind], units) if integer and groups > 1 else _PANEL_UNITS[kind]
     panel = _MOST_ROWS * _KEPT + _PANEL_TILES * panel_units * _PANEL_BYTES[kind]
-    at_sx = _HEAD + (up(slots * ldx) if copied else 0)
+    at_sx = HEAD + (up(slots * ldx) if copied else 0)
     at_start = at_sx + (up(4 * slots * groups) if integer else 0)
     at_panel = at_start + (up(4 * slots * groups) if integer else 0)
     return (out, n, group, units, ldx, at_sx, at_start, at_panel, panel, int(copied)), at_panel + parts * panel

@@ -294,7 +294,7 @@ class Vectors:
 
 
 # parameters of emitting functions that are addresses; all others are sizes
-POINTERS = {"codes", "scales", "levels", "x", "xq", "sx", "start", "panel", "kept", "y"}
+POINTERS = {"codes", "scales", "levels", "x", "xq", "sx", "start", "panel", "kept", "y", "q", "keys", "gain", "eps"}
 
 
 def emitted(emit, variants: tuple[int, ...] = (), **fixed):
@@ -350,6 +350,29 @@ def peek(typingctx, address):
         return builder.load(builder.inttoptr(values[0], POINTER), typ=I64)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def poke(typingctx, address, value):
+    """Write an int64 to an address."""
+
+    def codegen(context, builder, signature, values):
+        builder.store(values[1], builder.inttoptr(values[0], POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def pointer(kind: types.Type):
+    """An intrinsic: the address, an int64, as a pointer to numbers of numba's `kind`, of which `carray` makes an array."""
+
+    def typed(typingctx, address):
+        def codegen(context, builder, signature, values):
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), codegen
+
+    return spelled(typed, ["address"], f"pointer_{kind}")
 
 
 @intrinsic

@@ -1,0 +1,431 @@
+"""Generate from a bundle on the project's own kernels: no torch between the first token and the last.
+
+    rt = Runtime.open("runs/demo/int4", threads=2)
+    rt.generate(ids, max_new=64)            greedy; temperature=0.8, top_p=0.95, seed=1 to sample
+    for token in rt.stream(ids): ...        one after the other
+    rt.plan                                 what lies where, before and after planning
+    Runtime.open(..., slots=8)              several sequences at once: `admit`, `step`, `release` (`batcher.py`)
+
+Prompts go through the matrix kernels `chunk` rows at a time, each new token through one call of the program (`decoder.py`,
+`kernels/decode.py`). Two switches trade exactness for speed. `activations`: "int8" rounds the inputs of every product to int8, per group of the
+weight, as llama.cpp does (and is the fastest); "float32" multiplies the weights' own values, and gives transformers' greedy
+tokens on the dequantized weights. `kv`: the cache as "float16" or "float32".
+"""
+
+import hashlib
+import json
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from edgelab.kernels import decode, pool, simd
+from edgelab.kernels._jit import ONE_AT_A_TIME
+from edgelab.kernels._jit import threads as kernel_threads
+from edgelab.kernels.matmul import ACTIVATIONS
+
+MANIFEST = "edgelab.json"
+
+
+class Sampler:
+    """Chooses a token from logits: the largest at temperature 0, else drawn from softmax(logits / temperature).
+
+    `top_p`: from the fewest tokens that together have so much probability (nucleus sampling, Holtzman et al., arXiv 1904.09751). The same
+    seed draws the same tokens.
+
+    >>> Sampler()(np.array([0.0, 2.0, 1.0], np.float32))
+    1
+    >>> Sampler(temperature=1.0, top_p=0.5, seed=0)(np.log(np.array([0.1, 0.6, 0.3], np.float32)))  # 0.6 >= 0.5: only that one
+    1
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive number")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+        self.temperature, self.top_p = float(temperature), float(top_p)
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax())
+        p = probabilities(logits, self.temperature)
+        if self.top_p < 1:
+            order = np.argsort(-p, kind="stable")
+            kept = order[: int(np.searchsorted(np.cumsum(p[order]), self.top_p)) + 1]
+            return int(kept[np.searchsorted(np.cumsum(p[kept]), self._random.random() * p[kept].sum(), side="right").clip(max=len(kept) - 1)])
+        return int(np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(max=len(p) - 1))
+
+
+def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """softmax(logits / temperature) float64 [..., vocabulary]. Raises ValueError for logits that hold NaN or infinity."""
+    z = logits.astype(np.float64) / temperature
+    z -= z.max(-1, keepdims=True)
+    if not np.isfinite(z).all():
+        raise ValueError("the logits hold NaN or infinity: the model's weights or its inputs do not fit")
+    p = np.exp(z)
+    return p / p.sum(-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns. `confidences`: the probability that the model gave each token it chose. `finish`: "stop", "length" or "context"."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+    confidences: list[float]
+    finish: str
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else float("nan")
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of the tokens after the first, which the prompt's last position gave."""
+        return (len(self.tokens) - 1) / self.decode_s if self.decode_s and len(self.tokens) > 1 else float("nan")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        mean = sum(self.confidences) / len(self.confidences) if self.confidences else float("nan")
+        return [
+            ("prompt", f"{self.prompt_tokens} tokens in {self.prefill_s:.3f} s ({self.prefill_tokens_per_s:,.0f} tokens/s)"),
+            ("answer", f"{len(self.tokens)} tokens, {self.decode_tokens_per_s:,.1f} tokens/s"),
+            ("mean probability of a chosen token", f"{mean:.3f}"),
+            ("ended by", self.finish),
+        ]
+
+    def __repr__(self) -> str:
+        return "Generation: " + "; ".join(f"{name} {value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr><th style='text-align:left'>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self._rows())
+        return f"<table>{body}</table>"
+
+
+class Runtime:
+    """A model ready to generate. `Runtime(model)` takes a quantized transformers model in memory, `Runtime.open` a folder.
+
+    `context`: positions per sequence; `slots`: sequences at once; `chunk`: rows of a prompt that go through together; `threads`: None for
+    `edgelab.set_threads`' number. `reuse` False gives every buffer memory of its own, to see what planning saves.
+
+    Attributes to read: `plan` (a `MemoryPlan`), `experts`, `vocabulary`, `lengths` (positions filled, per slot). To set between tokens: `threads`
+    and `top_k` (experts per token; the model's number or fewer).
+
+    One caller at a time. Raises ValueError for a model that it would compute differently from transformers, with the reason.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        threads: int | None = None,
+        context: int = 1024,
+        slots: int = 1,
+        chunk: int = 128,
+        activations: str = "int8",
+        kv: str | None = None,
+        reuse: bool = True,
+        _store=None,
+        _fill=None,
+        _release=None,
+    ) -> None:
+        from edgelab.decoder import Settings, assemble
+        from edgelab.tile_store import TileStore
+
+        kv = kv or ("float32" if simd.way() == "portable" else "float16")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+        if kv not in decode.KV:
+            raise ValueError(f"kv={kv!r} is not known; use one of {', '.join(decode.KV)}")
+        if kv == "float16" and simd.way() == "portable":
+            raise ValueError("kv='float16' needs a processor that converts it (F16C, or Arm's); use kv='float32'")
+        for name, value in (("context", context), ("slots", slots), ("chunk", chunk)):
+            if operator.index(value) < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        self._most_threads = _threads(threads)
+        settings = Settings(context, slots, min(chunk, context), activations == "int8", kv == "float16", self._most_threads, reuse)
+        none = lambda _: None  # noqa: E731
+        store = _store if _store is not None else TileStore()
+        self._program = p = assemble(model, settings, store, _fill or none, _release or none)
+        self.context, self.slots, self.chunk, self.activations, self.kv = context, slots, settings.chunk, activations, kv
+        self.plan, self.vocabulary, self.experts = p.plan, p.vocabulary, p.experts
+        self.eos = _eos(model)
+        self.threads = self._most_threads
+        self.lengths = [0] * slots
+        rows = settings.rows
+        self._tokens, self._positions, self._slots_of = (np.zeros(rows, np.int64) for _ in range(3))
+        self._wanted = np.zeros(rows, np.int64)
+        for word, array in (
+            (decode.TOKENS, self._tokens),
+            (decode.POSITIONS, self._positions),
+            (decode.SLOTS_AT, self._slots_of),
+            (decode.WANTED_AT, self._wanted),
+        ):
+            p.record[word] = array.ctypes.data
+
+    @classmethod
+    def open(cls, folder: str | Path, *, tiles: str | Path | None = "cache", **settings) -> "Runtime":
+        """The runtime of a bundle (or a checkpoint that transformers reads), its weights mapped.
+
+        `tiles`: "cache" keeps the weights in the kernels' order in the user's cache (`tile_store.cache_folder`) and maps them from there; a path names
+        the file; None lays them out in memory. Other settings as the class takes them. Raises FileNotFoundError or ValueError.
+        """
+        from edgelab.lazy import LazyBundle
+        from edgelab.runtime_steps import steps_of
+        from edgelab.tile_store import TileStore, cache_folder
+
+        bundle = LazyBundle(folder)
+        steps = steps_of(bundle.model)
+        if steps:
+            raise ValueError(f"{folder} changes what it computes at run time ({steps[0]}); the runtime knows plain models: use transformers")
+        file, key = None, ""
+        if tiles is not None:
+            key = _key(bundle)
+            file = Path(tiles) if tiles != "cache" else cache_folder() / f"{key[:32]}.safetensors"
+
+        def fill(name: str) -> None:
+            if name in bundle.units:
+                bundle.fill(name)
+
+        def release(name: str) -> None:
+            if name in bundle.units:
+                bundle.release(name)
+
+        store = TileStore(file, key)
+        runtime = cls(bundle.model, **settings, _store=store, _fill=fill, _release=release)
+        if file is not None and not store.found:
+            store.save()
+            again = TileStore(file, key)
+            if again._bytes is not None:  # from here on the pages of the file, not ours
+                runtime = cls(bundle.model, **settings, _store=again, _fill=fill, _release=release)
+        runtime._bundle = bundle  # what is mapped stays mapped
+        runtime.folder = Path(folder)
+        return runtime
+
+    def __repr__(self) -> str:
+        p = self._program
+        experts = f", {self.experts} experts of which {self.top_k} are used" if self.experts else ""
+        return (
+            f"Runtime({p.layers} layers{experts}; {self.slots} x {self.context} positions, activations {self.activations}, cache {self.kv}, "
+            f"{self.threads} threads; {p.plan.weight_bytes + p.plan.planned_bytes + p.plan.cache_bytes:,} bytes)"
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ settings
+    @property
+    def threads(self) -> int:
+        """Threads that share the work; up to the number that the runtime was opened with."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, n: int) -> None:
+        if not 1 <= operator.index(n) <= self._most_threads:
+            raise ValueError(f"threads={n}; this runtime was opened for 1 .. {self._most_threads}")
+        self._threads = n
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token; None for a model without experts."""
+        return int(self._program.top_k[0]) if self.experts else None
+
+    @top_k.setter
+    def top_k(self, k: int | None) -> None:
+        most = self._program.most_k
+        k = most if k is None else operator.index(k)
+        if not self.experts:
+            raise ValueError("top_k: this model has no experts")
+        if not 1 <= k <= most:
+            raise ValueError(f"top_k={k}; the model uses {most} experts per token: 1 .. {most}")
+        self._program.top_k[0] = k
+        for plan in self._program.gates:
+            plan[3] = k
+
+    # ---------------------------------------------------------------------------------------------------------- the engine
+    def admit(self, slot: int, ids: Sequence[int], progress: bool = False) -> np.ndarray:
+        """Logits float32 [vocabulary] behind the last of `ids`, which go on where the slot's sequence ends (an empty one begins).
+
+        Raises ValueError for a slot or a token that does not exist, and where the context is too short, before anything is computed.
+        """
+        ids = self._checked(slot, ids)
+        self._prompt(slot, ids, last_only=True, progress=progress)
+        return self._head(np.array([(len(ids) - 1) % self.chunk]))[0].copy()
+
+    def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+        """Logits float32 [len(slots), vocabulary] after one more token for each of the (different) slots. A view: the next call overwrites it."""
+        n = len(slots)
+        if n != len(tokens) or not n or len(set(slots)) != n:
+            raise ValueError(f"slots {list(slots)} and tokens {list(tokens)} must be as many, at least one, and no slot twice")
+        for slot, token in zip(slots, tokens, strict=True):
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"slot {slot}; this runtime has 0 .. {self.slots - 1}")
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"token {token} is outside the vocabulary, 0 .. {self.vocabulary - 1}")
+            if self.lengths[slot] >= self.context:
+                raise ValueError(f"slot {slot} is full: {self.context} positions; open the runtime with a longer context")
+        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            self._tokens[i], self._slots_of[i], self._positions[i] = token, slot, self.lengths[slot]
+            self.lengths[slot] += 1
+        self._run(n, 1)
+        most = self._program.wanted
+        if n <= most:
+            return self._head(np.arange(n))
+        return np.concatenate([self._head(np.arange(i, min(i + most, n))).copy() for i in range(0, n, most)])
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot}; this runtime has 0 .. {self.slots - 1}")
+        self.lengths[slot] = 0
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits float32 [len(ids), vocabulary] of every position of a text, in slot 0, which is empty afterwards."""
+        ids = self._checked(0, ids, fresh=True)
+        self.release(0)
+        found = np.empty((len(ids), self.vocabulary), np.float32)
+        most = self._program.wanted
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            self._rows(0, part)
+            for i in range(0, len(part), most):
+                rows = np.arange(i, min(i + most, len(part)))
+                found[start + rows] = self._head(rows)
+        self.release(0)
+        return found
+
+    def _checked(self, slot: int, ids: Sequence[int], fresh: bool = False) -> np.ndarray:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot}; this runtime has 0 .. {self.slots - 1}")
+        found = np.asarray(ids)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+            raise ValueError(f"ids are {found.dtype} {found.shape}; give a list of at least one token number")
+        if found.min() < 0 or found.max() >= self.vocabulary:
+            raise ValueError(f"ids hold {found.min()} .. {found.max()}; the vocabulary is 0 .. {self.vocabulary - 1}")
+        room = self.context - (0 if fresh else self.lengths[slot])
+        if found.size > room:
+            raise ValueError(f"{found.size} tokens do not fit: {room} of the context of {self.context} are free; open with a longer context")
+        return found.astype(np.int64)
+
+    def _prompt(self, slot: int, ids: np.ndarray, last_only: bool, progress: bool = False) -> None:
+        starts = range(0, len(ids), self.chunk)
+        if progress:
+            from tqdm.auto import tqdm
+
+            starts = tqdm(starts, desc="read the prompt", unit="chunk", leave=False)
+        for start in starts:
+            self._rows(slot, ids[start : start + self.chunk])
+
+    def _rows(self, slot: int, ids: np.ndarray) -> None:
+        n, at = len(ids), self.lengths[slot]
+        self._tokens[:n], self._slots_of[:n], self._positions[:n] = ids, slot, np.arange(at, at + n)
+        self.lengths[slot] = at + n
+        self._run(n, n)
+
+    def _run(self, rows: int, run: int) -> None:
+        p = self._program
+        p.record[decode.ROWS], p.record[decode.RUN] = rows, run
+        self._call(p.body, p.body_rows, rows)
+
+    def _head(self, rows: np.ndarray) -> np.ndarray:
+        """Logits of those rows of the last step, a view."""
+        p, n = self._program, len(rows)
+        self._wanted[:n] = rows
+        p.record[decode.WANTED] = n
+        self._call(p.head, p.head_rows, n)
+        return p.logits[:n]
+
+    def _call(self, program: np.ndarray, rows_of: np.ndarray, rows: int) -> None:
+        workers = self._threads - 1
+        with ONE_AT_A_TIME:
+            decode.run(program, rows_of, rows, pool.ready(workers), pool.parts_of(workers), workers, rows >= 16)
+
+    # ---------------------------------------------------------------------------------------------------------- generation
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Generation:
+        """Up to `max_new` tokens behind the prompt `ids`. `stop`: tokens that end it (None: the model's end token); they are not returned.
+
+        Slot 0 is used, from its beginning. A prompt that fills the context gives one token.
+        """
+        steps = list(self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)))
+        prefill_s, decode_s = steps[0][2], sum(s[2] for s in steps[1:])
+        tokens = [token for token, _, _, finish in steps if finish != "stop"]
+        return Generation(tokens, len(ids), prefill_s, decode_s, [p for _, p, _, finish in steps if finish != "stop"], steps[-1][3] or "length")
+
+    def stream(self, ids: Sequence[int], max_new: int = 64, *, temperature=0.0, top_p=1.0, stop=None, seed=None) -> Iterator[int]:
+        """The tokens of `generate`, each as soon as it is there."""
+        for token, _, _, finish in self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)):
+            if finish != "stop":
+                yield token
+
+    def _stops(self, stop: Sequence[int] | None) -> frozenset[int]:
+        return frozenset(self.eos if stop is None else map(operator.index, stop))
+
+    def _steps(self, ids, max_new: int, sampler: Sampler, stops: frozenset[int]) -> Iterator[tuple[int, float, float, str]]:
+        """(token, its probability, seconds, why it is the last or "") one after the other."""
+        if operator.index(max_new) < 1:
+            raise ValueError(f"max_new={max_new} must be 1 or more")
+        self._checked(0, ids, fresh=True)
+        self.release(0)
+        start = time.perf_counter()
+        logits = self.admit(0, ids)
+        for i in range(max_new):
+            token = sampler(logits)
+            chosen = confidence(logits, token)
+            full = self.lengths[0] >= self.context
+            finish = "stop" if token in stops else "length" if i + 1 == max_new else "context" if full else ""
+            now = time.perf_counter()
+            yield token, chosen, now - start, finish
+            if finish:
+                return
+            start = time.perf_counter()
+            logits = self.step((0,), (token,))[0]
+
+
+def confidence(logits: np.ndarray, token: int) -> float:
+    """softmax(logits)[token]."""
+    return float(1 / np.exp(logits - logits[token]).sum())
+
+
+def generate(folder: str | Path, ids: Sequence[int], max_new: int = 64, **settings) -> Generation:
+    """`Runtime.open(folder)`, then `generate`: for a single answer. `settings` of either."""
+    own = {k: settings.pop(k) for k in ("temperature", "top_p", "stop", "seed") if k in settings}
+    return Runtime.open(folder, **settings).generate(ids, max_new, **own)
+
+
+def _threads(threads: int | None) -> int:
+    most = kernel_threads()
+    threads = most if threads is None else operator.index(threads)
+    import numba
+
+    if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(f"threads={threads}; this machine runs 1 .. {numba.config.NUMBA_NUM_THREADS} (NUMBA_NUM_THREADS raises it)")
+    return threads
+
+
+def _eos(model) -> tuple[int, ...]:
+    settings = getattr(model, "generation_config", None)
+    eos = getattr(settings, "eos_token_id", None)
+    eos = getattr(model.config, "eos_token_id", None) if eos is None else eos
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _key(bundle) -> str:
+    """What the tiles of a folder depend on: its files' digests where a manifest states them, else their sizes and times."""
+    if bundle.manifest is not None:
+        facts = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name.endswith((".safetensors", ".json"))}
+    else:
+        facts = {str(s.file): (s.file.stat().st_size, s.file.stat().st_mtime_ns) for s in bundle.tensors.values()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
