@@ -1,28 +1,28 @@
 """From a model to the program that `kernels/decode.py` runs: which jobs, in which order, on which addresses.
 
-`assemble` walks a transformers model once. It lays weights out in tiles (`tile_store.py` keeps them on disk), joins products that read the same
-input (q, k and v; gate and up) where their schemes agree, writes every job's plan, and gives each buffer its place
-(`memory_plan.py`). After that no torch is needed: a step is one call.
+`assemble` walks a transformers model once. It lays weights out in tiles (`tile_store.py` keeps them on disk), joins products that read
+the same input (q, k and v; gate and up) where their schemes agree, and writes the operations down (`program.py`). After that no torch
+is needed: a step is one call.
 
 Families are data (`FAMILIES`): llama, mistral, qwen2, qwen3, qwen3_moe, mixtral and deepseek_v3. What the runtime would compute
 differently from transformers is refused, with the name of the setting.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgelab.kernels import decode, matmul
-from edgelab.kernels.decode import BLOCK, DENSE, QUERIES, RECORD, WORDS
+from edgelab.kernels import decode
+from edgelab.kernels.decode import BLOCK, QUERIES, RECORD
 from edgelab.kernels.pack import ROWS, Tiles, aligned
-from edgelab.kernels.pool import parts_of
 from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
-from edgelab.memory_plan import Buffer, MemoryPlan, bound, place
+from edgelab.memory_plan import MemoryPlan, bound
 from edgelab.mixed_experts import QExpertsMixed
+from edgelab.program import Builder, Place, Program, Settings
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
 from edgelab.tile_store import TileStore
@@ -46,229 +46,6 @@ FAMILIES = {
     "mixtral": Family(gate="softmax", always_normalised=True),
     "deepseek_v3": Family(latent=True, gate="deepseek"),
 }
-_ROWS_SHARED = 8  # rows from which on threads share what is not a product of weights
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the program is assembled for: see `edgelab.runtime.Runtime.open`."""
-
-    context: int
-    slots: int
-    chunk: int
-    integer: bool
-    half: bool
-    threads: int
-    reuse: bool
-
-    @property
-    def rows(self) -> int:
-        """The most rows of a step."""
-        return max(self.chunk, self.slots)
-
-
-@dataclass
-class _Held:
-    """A buffer while the program is written: its size, its life so far; `address` once it has a place."""
-
-    name: str
-    nbytes: int
-    first: int = -1
-    last: int = -1
-    address: int = 0
-
-
-@dataclass
-class _At:
-    """A place in a buffer, `offset` bytes behind its beginning."""
-
-    held: _Held
-    offset: int = 0
-
-
-@dataclass
-class _Op:
-    function: int
-    threads_from: int
-    words: Callable[[np.ndarray], None]
-    plan: int  # its row
-
-
-@dataclass
-class Program:
-    """What `assemble` returns: two programs over one record, and everything that they point to."""
-
-    body: np.ndarray  # int64 [operations, 3]: from tokens to the last hidden states
-    head: np.ndarray  # from the wanted rows of those to logits
-    body_rows: np.ndarray  # int64: addresses that want the number of rows
-    head_rows: np.ndarray
-    record: np.ndarray
-    logits: np.ndarray  # float32 [most wanted, vocabulary]
-    wanted: int
-    parts: int
-    plan: MemoryPlan
-    top_k: np.ndarray  # int64 [1], read by every layer of experts
-    gates: list[np.ndarray]  # plans of the gates, whose word 3 is k
-    experts: int
-    most_k: int
-    indices: list[np.ndarray]
-    vocabulary: int
-    layers: int
-    kept: list = field(default_factory=list)  # arrays that must live as long as their addresses
-
-
-class _Builder:
-    def __init__(self, settings: Settings, store: TileStore, operations: int) -> None:
-        self.settings, self.store = settings, store
-        self.parts = parts_of(settings.threads - 1)
-        self.record = aligned((RECORD,), np.int64)
-        self.plans = aligned((operations, WORDS), np.int64)
-        self.ops: list[_Op] = []
-        self.buffers: list[_Held] = []
-        self.rows_of: list[int] = []
-        self.kept: list = [self.plans, self.record]
-        self.used = 0
-        self.rows = settings.rows
-
-    # ------------------------------------------------------------------------------------------------ buffers, constants
-    def floats(self, name: str, width: int, rows: int | None = None) -> _At:
-        """A buffer float32 [rows, width]; some floats more, for vectors that are stored whole."""
-        return self.bytes(name, 4 * width * (self.rows if rows is None else rows) + 64)
-
-    def bytes(self, name: str, nbytes: int) -> _At:
-        held = _Held(name, nbytes)
-        self.buffers.append(held)
-        return _At(held)
-
-    def keep(self, array: np.ndarray) -> int:
-        """The address of a constant."""
-        self.kept.append(array)
-        return array.ctypes.data
-
-    def number(self, value: float) -> int:
-        return self.keep(np.array([value], np.float32))
-
-    def floats_of(self, tensor: torch.Tensor) -> int:
-        return self.keep(np.array(tensor.detach().float().numpy().reshape(-1)))
-
-    # -------------------------------------------------------------------------------------------------------- operations
-    def op(self, function: int, words: Iterable, threads_from: int = _ROWS_SHARED) -> int:
-        """Append a job. `words`: the plan from word 1 on; a place stands for its address. Returns the row of the plan."""
-        words = list(words)
-        row = self.new_plan()
-        for w in words:
-            self.touch(w)
-
-        def write(p: np.ndarray) -> None:
-            p[0] = self.record.ctypes.data
-            for i, w in enumerate(words):
-                p[1 + i] = self.address(w)
-
-        self.ops.append(_Op(function, threads_from, write, row))
-        return row
-
-    def new_plan(self) -> int:
-        row = self.used
-        self.used += 1
-        return row
-
-    def touch(self, *places) -> None:
-        for w in places:
-            if isinstance(w, _At):
-                here = len(self.ops)
-                w.held.first = here if w.held.first < 0 else w.held.first
-                w.held.last = here
-
-    def address(self, w) -> int:
-        return w.held.address + w.offset if isinstance(w, _At) else int(w)
-
-    def plan_address(self, row: int) -> int:
-        return self.plans[row].ctypes.data
-
-    def product(
-        self,
-        tiles: Tiles,
-        x: _At,
-        y: _At,
-        *,
-        slots: int | None = None,
-        offsets: _At | None = None,
-        gather: _At | None = None,
-    ) -> int:
-        """y = x W^T by the kernels of `matmul.py`. With `offsets` for each expert its rows; their number is somebody else's to set."""
-        slots = self.rows if slots is None else slots
-        integer = self.settings.integer and tiles.linear and tiles.group <= matmul.LONGEST_GROUP
-        sizes, nbytes = matmul.numbers(tiles, slots, integer, gather is not None, self.parts)
-        prepare, compute = matmul.jobs_of(tiles, integer, sizes)
-        scratch = self.bytes("scratch", nbytes)
-        row = self.new_plan()
-        active = 1 if offsets is None else min(tiles.codes.shape[0], 4)
-        ns = matmul.expected_ns(tiles, active, active, integer)
-        enough = 1 if ns >= matmul.PARALLEL_FROM_NS else max(2, int(matmul.PARALLEL_FROM_NS / max(ns, 1)))
-        if offsets is None:
-            both = np.zeros(2, np.int64)
-            offsets_at: _At | int = self.keep(both)
-            self.rows_of += [both.ctypes.data + 8, self.plan_address(row) + 8 * matmul.SLOTS]
-        else:
-            offsets_at = offsets
-
-        def write(p: np.ndarray) -> None:
-            out, n, group, units, ldx, at_sx, at_start, at_panel, panel_stride, copied = sizes
-            a = self.address(scratch)
-            m = matmul
-            p[m.CODES], p[m.SCALES], p[m.LEVELS] = tiles.codes.ctypes.data, tiles.scales.ctypes.data, tiles.levels.ctypes.data
-            p[m.EXPERTS], p[m.TILES], p[m.UNITS], p[m.GROUPS] = *tiles.codes.shape[:3], tiles.scales.shape[2]
-            p[m.GROUP], p[m.GROUP_UNITS], p[m.OUT], p[m.N] = group, units, out, n
-            p[m.OFFSETS], p[m.X], p[m.Y] = self.address(offsets_at), self.address(x), self.address(y)
-            p[m.ROWS_OF_X] = 0 if gather is None else self.address(gather)
-            p[m.XQ], p[m.LDX] = a + matmul.HEAD if copied else self.address(x), ldx
-            p[m.SX], p[m.START], p[m.PANEL], p[m.PANEL_STRIDE] = a + at_sx, a + at_start, a + at_panel, panel_stride
-
-        self.kept.append(tiles)
-        places = [p for p in (x, y, scratch, offsets, gather) if p is not None]
-        if prepare:
-            self.touch(*places)
-            self.ops.append(_Op(prepare, matmul.QUANTIZE_SHARED, write, row))
-        self.touch(*places)
-        self.ops.append(_Op(compute, enough, write, row))
-        return row
-
-    def dense(self, weight: np.ndarray, x, ldx: int, x_step: int, y, ldy: int, y_step: int, name: str, rows_at: int | None = None) -> None:
-        """y[t, b] = W_b x[t, b] for float32 weights [batch, out, n]."""
-        batch, out, n = weight.shape
-        if n % 4:
-            raise ValueError(f"{name}: a float weight with {n} inputs; the runtime takes multiples of 4")
-        panels = -(-out // DENSE)
-        laid = aligned((batch, panels, n, DENSE), np.float32)
-        padded = np.zeros((batch, panels * DENSE, n), np.float32)
-        padded[:, :out] = weight
-        laid[:] = padded.reshape(batch, panels, DENSE, n).swapaxes(2, 3)
-        self.store.count(laid)
-        enough = 1 if laid.nbytes > 1 << 20 else _ROWS_SHARED
-        at = self.record.ctypes.data + 8 * decode.ROWS if rows_at is None else rows_at
-        self.op(decode.dense_job(), [x, ldx, x_step, self.keep(laid), batch, out, n, y, ldy, y_step, at], enough)
-
-    def finish(self) -> tuple[int, list[Buffer]]:
-        """Give the buffers their places and write all plans."""
-        lives = [Buffer(b.name, b.nbytes, b.first, b.last) for b in self.buffers if b.first >= 0]
-        used = [b for b in self.buffers if b.first >= 0]
-        if self.settings.reuse:
-            offsets, total = place(lives)
-        else:
-            sizes = [-(-b.nbytes // 64) * 64 for b in lives]
-            offsets, total = np.cumsum([0, *sizes[:-1]]).tolist() if sizes else [], sum(sizes)
-        arena = aligned((max(total, 64),))
-        self.kept.append(arena)
-        for b, at in zip(used, offsets, strict=True):
-            b.address = arena.ctypes.data + at
-        for op in self.ops:
-            op.words(self.plans[op.plan])
-        return total, lives
-
-    def table(self, first: int, last: int) -> np.ndarray:
-        return np.array([(op.function, self.plan_address(op.plan), op.threads_from) for op in self.ops[first:last]], np.int64).reshape(-1, 3)
-
-
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
@@ -310,6 +87,14 @@ def _halves(scales: np.ndarray, scheme: QuantScheme, name: str) -> np.ndarray:
     return halves
 
 
+def _offsets(q: QTensor) -> np.ndarray:
+    """float32 [..., out, groups filled up to 4]: what an asymmetric weight adds to the kernels' product, per sum of x over a group."""
+    extra = q.offsets.astype(np.float32) + np.float32(q.scheme.zero_point) * q.scales.astype(np.float32)
+    found = np.zeros((*q.shape[:-1], -(-extra.shape[-1] // 4) * 4), np.float32)
+    found[..., : extra.shape[-1]] = extra  # one row where a scale serves all of them
+    return found
+
+
 class _Later(NamedTuple):
     """A weight whose codes are put together when they are wanted: not where its tiles lie on disk already."""
 
@@ -342,12 +127,12 @@ class _Assembler:
         check_model(model, settings.context)
         self.family = FAMILIES[self.config.model_type]
         self.layers = list(model.model.layers)
-        self.b = _Builder(settings, store, 64 + 40 * len(self.layers) * 4)
+        self.b = Builder(settings, store, 64 + 40 * len(self.layers) * 4)
         self.hidden = self.config.hidden_size
         self.eps = self.b.number(self.config.rms_norm_eps)
         self.top_k = np.zeros(1, np.int64)
         self.gates: list[int] = []
-        self.indices: list[_At] = []
+        self.indices: list[Place] = []
         self.experts = self.most_k = 0
         self.cache_bytes = self.plain_cache_bytes = 0
         self.padded = -(-settings.context // BLOCK) * BLOCK
@@ -364,13 +149,14 @@ class _Assembler:
         return self.store.tiles(name, parts, scheme.bits, group, shape[-1], levels)
 
     # ------------------------------------------------------------------------------------------------------------- pieces
-    def product(self, name: str, weight: QTensor | _Later | np.ndarray, bias, x: _At, y: _At, slots: int | None = None, head: bool = False) -> None:
+    def product(
+        self, name: str, weight: QTensor | _Later | np.ndarray, bias, x: Place, y: Place, slots: int | None = None, head: bool = False
+    ) -> None:
         """y = x W^T + bias, whatever the weight is."""
         b = self.b
         out, n = weight.shape
         if isinstance(weight, np.ndarray):
-            rows_at = b.record.ctypes.data + 8 * (decode.WANTED if head else decode.ROWS)
-            b.dense(weight[None], x, n, 0, y, out, 0, name, rows_at)
+            b.dense(weight[None], x, n, 0, y, out, 0, name, head)
         else:
             make = weight.make if isinstance(weight, _Later) else lambda: weight
             b.product(self.tiles(name, make, weight.scheme, weight.shape), x, y, slots=slots)
@@ -381,34 +167,29 @@ class _Assembler:
                 raise ValueError(f"{name} has a bias; the runtime knows heads without one")
             b.op(decode.bias_job(), [y, out, b.keep(np.ascontiguousarray(bias, np.float32))])
 
-    def asymmetric(self, name: str, q: QTensor, x: _At, y: _At, head: bool) -> None:
+    def asymmetric(self, name: str, q: QTensor, x: Place, y: Place, head: bool) -> None:
         """y += (sums of x over the groups) (offset + zero point * scale)^T; see `layers.py`."""
-        if head:
-            raise ValueError(f"{name} has offsets ({q.scheme}); the runtime takes a head in a symmetric scheme, such as int4-g32")
         b, (out, n) = self.b, q.shape
-        extra = q.offsets.astype(np.float32) + np.float32(q.scheme.zero_point) * q.scales.astype(np.float32)
-        groups = extra.shape[1]
-        padded = -(-groups // 4) * 4
-        weight = np.zeros((1, out, padded), np.float32)
-        weight[0, :, :groups] = extra  # one row where a scale serves all of them
+        weight = _offsets(q)[None]
+        padded = weight.shape[2]
         sums, more = b.floats(f"{name} sums", padded), b.floats(f"{name} offsets", out)
-        b.op(decode.sums_job(), [x, n, n // groups, sums])
-        b.dense(weight, sums, padded, 0, more, out, 0, name)
-        b.op(decode.add_job(), [more, y, 0, out])
+        b.op(decode.sums_job(), [x, n, n // q.offsets.shape[1], sums, b.rows_at(head)])
+        b.dense(weight, sums, padded, 0, more, out, 0, name, head)
+        b.add(more, y, out, head)
 
-    def norm(self, module: nn.Module, x: _At, n: int, ldx: int | None = None) -> _At:
+    def norm(self, module: nn.Module, x: Place, n: int, ldx: int | None = None) -> Place:
         y = self.b.floats("normed", n)
         self.b.op(decode.norm_job(), [x, 4 * (ldx or n), self.b.floats_of(module.weight), self.eps, n, y, 4 * n])
         return y
 
-    def linear(self, module: nn.Module, name: str, x: _At) -> tuple[_At, int]:
+    def linear(self, module: nn.Module, name: str, x: Place) -> tuple[Place, int]:
         """(the output, its width) of one linear module."""
         weight, bias = _linear(module, name)
         y = self.b.floats(name, weight.shape[0])
         self.product(name, weight, bias, x, y)
         return y, weight.shape[0]
 
-    def several(self, modules: dict[str, nn.Module], prefix: str, x: _At) -> list[tuple[_At, int]]:
+    def several(self, modules: dict[str, nn.Module], prefix: str, x: Place) -> list[tuple[Place, int]]:
         """[(the output, floats between its rows)] of modules that read the same x: one product where they can be joined."""
         found = {name: _linear(m, f"{prefix}.{name}") for name, m in modules.items()}
         weights = [w for w, _ in found.values()]
@@ -428,7 +209,7 @@ class _Assembler:
             whole = np.concatenate([np.zeros(w.shape[0], np.float32) if v is None else v for w, v in zip(weights, biases, strict=True)])
         self.product(name, joined, whole, x, y)
         starts = np.cumsum([0, *(w.shape[0] for w in weights)])
-        return [(_At(y.held, 4 * int(start)), width) for start in starts[:-1]]
+        return [(Place(y.held, 4 * int(start)), width) for start in starts[:-1]]
 
     # ---------------------------------------------------------------------------------------------------------- attention
     def cache_of(self, heads: int, dim: int, positions: int | None = None) -> tuple[np.ndarray, int, int]:
@@ -451,7 +232,7 @@ class _Assembler:
             self._rotation = (half, *map(self.b.keep, arrays))
         return self._rotation
 
-    def attend(self, q: _At, ldq: int, dim: int, group: int, heads: int, k, v, y: _At, ldy: int, y_head: int, scale: float) -> None:
+    def attend(self, q: Place, ldq: int, dim: int, group: int, heads: int, k, v, y: Place, ldy: int, y_head: int, scale: float) -> None:
         """One attention job; `k` and `v`: (cache, bytes of a slot, bytes of a head), v with its dim last, or None and the dim across."""
         b, across = self.b, v[0] is None
         each = 64 * 3 + 4 * QUERIES * self.padded + 64
@@ -461,7 +242,7 @@ class _Assembler:
         many = heads * group > QUERIES or heads > 1
         b.op(decode.attention_job(self.settings.half, across), [*words, b.number(scale)], 1 if many else 2)
 
-    def attention(self, module: nn.Module, name: str, x: _At) -> _At:
+    def attention(self, module: nn.Module, name: str, x: Place) -> Place:
         config, b = self.config, self.b
         heads, kv = config.num_attention_heads, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -478,7 +259,7 @@ class _Assembler:
         self.attend(q, ldq, dim, heads // kv, kv, keys, (*values, dim), y, heads * dim, dim, float(module.scaling))
         return self.linear(module.o_proj, f"{name}.o_proj", y)[0]
 
-    def latent_attention(self, module: nn.Module, name: str, x: _At) -> _At:
+    def latent_attention(self, module: nn.Module, name: str, x: Place) -> Place:
         """DeepSeek's; see `kernels/decode.py`."""
         c, b = self.config, self.b
         heads, rank, plain, value_dim = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
@@ -529,22 +310,22 @@ class _Assembler:
             told = len(b.ops)
             b.op(decode.offsets_job(), [offsets, heads, 0], 0)
             row = b.product(tiles, turned, by_heads, slots=self.b.rows * heads, offsets=offsets)
-            b.ops[told].words = _told(b, offsets, heads, row)
+            b.ops[told].words = b.written([offsets, heads, b.plan_address(row)])
             b.op(decode.turn_job(), [by_heads, heads, value_dim, y, 0])
         else:
             b.dense(np.ascontiguousarray(up_values), sums, heads * rank, 4 * rank, y, heads * value_dim, 4 * value_dim, f"{name}.kv_b_proj")
         return self.linear(module.o_proj, f"{name}.o_proj", y)[0]
 
     # -------------------------------------------------------------------------------------------------------- feed-forward
-    def mlp(self, module: nn.Module, name: str, x: _At) -> _At:
+    def mlp(self, module: nn.Module, name: str, x: Place) -> Place:
         _silu(getattr(module, "act_fn", None), name)
         (gate, ld), (up, _) = self.several({n: getattr(module, n) for n in ("gate_proj", "up_proj")}, name, x)
         inner = module.down_proj.in_features
         h = self.b.floats(f"{name} inner", inner)
-        self.b.op(decode.glu_job(), [gate, up, 4 * ld, inner, h, self.b.record.ctypes.data + 8 * decode.ROWS])
+        self.b.op(decode.glu_job(), [gate, up, 4 * ld, inner, h, self.b.rows_at()])
         return self.linear(module.down_proj, f"{name}.down_proj", h)[0]
 
-    def mixture(self, module: nn.Module, name: str, x: _At) -> _At:
+    def mixture(self, module: nn.Module, name: str, x: Place) -> Place:
         """Routed experts, and the shared ones beside them."""
         b, c, deepseek = self.b, self.config, self.family.gate == "deepseek"
         router, experts = module.gate, module.experts
@@ -562,29 +343,22 @@ class _Assembler:
             settings = [int(normalise), 0, 1, 1, 0]
         self.gates.append(b.op(decode.gate_job(deepseek), [logits, count, k, indices, gates, *settings], 0))
         total = None
-        for group, part in _parts(experts, count):
+        for group, part in _parts(experts):
             out = self.experts_of(part, f"{name}.experts{'' if group is None else f'#{group[0]}'}", group, x, indices, gates, count, k)
             if total is None:
                 total = out
             else:
-                b.op(decode.add_job(), [out, total, 0, self.hidden])
+                b.add(out, total, self.hidden)
         shared = getattr(module, "shared_experts", None)
         if shared is not None:
-            b.op(decode.add_job(), [self.mlp(shared, f"{name}.shared_experts", x), total, 0, self.hidden])
+            b.add(self.mlp(shared, f"{name}.shared_experts", x), total, self.hidden)
         return total
 
-    def experts_of(self, part: QExperts, name: str, group, x: _At, indices: _At, gates: _At, count: int, k: int) -> _At:
-        b, q = self.b, part.qtensors()
-        _plain(part, name)
-        if not part._is_swiglu:
-            raise ValueError(f"{name}: the runtime knows experts with SwiGLU and without biases")
-        for which, weight in q.items():
-            if weight.scheme.asymmetric:
-                raise ValueError(
-                    f"{name}.{which} has offsets ({weight.scheme}); the runtime takes experts in symmetric schemes, such as int4-g32 or nf4-g64"
-                )
-        gate_up, down = (self.tiles(f"{name}.{which}", lambda w=w: w, w.scheme, w.shape) for which, w in q.items())
-        slots, inner, own = b.rows * k, down.n, gate_up.codes.shape[0]
+    def experts_of(self, part: nn.Module, name: str, group, x: Place, indices: Place, gates: Place, count: int, k: int) -> Place:
+        """The weighted sum of what the experts of one part return: of all, or of those in `group`."""
+        b, weights = self.b, _stacks(part, name)
+        own, _, inner = weights["down_proj"].shape
+        slots = b.rows * k
         order, offsets, rows = b.bytes("order", 8 * slots), b.bytes("offsets", 8 * (own + 1)), b.bytes("rows", 8 * slots)
         kept = b.keep(np.zeros(8, np.int64))
         numbers = 0
@@ -593,20 +367,44 @@ class _Assembler:
             local[list(group)] = np.arange(own)
             numbers = b.keep(local)
         renamed = b.bytes("local", 8 * slots if group is not None else 8)
-        told = len(b.ops)
-        b.op(decode.dispatch_job(), [indices, self.top_k.ctypes.data, count, numbers, own, order, offsets, rows, 0, 0, kept, renamed], 0)
-        wide, h, y = b.floats("gate and up", 2 * inner, slots), b.floats("inner", inner, slots), b.floats("outputs", self.hidden, slots)
-        first = b.product(gate_up, x, wide, slots=slots, offsets=offsets, gather=rows)
-        b.op(decode.glu_job(), [wide, _At(wide.held, 4 * inner), 8 * inner, inner, h, kept])
-        second = b.product(down, h, y, slots=slots, offsets=offsets)
         words = [indices, self.top_k.ctypes.data, count, numbers, own, order, offsets, rows]
-        b.ops[told].words = _written(b, [*words, b.plan_address(first), b.plan_address(second), kept, renamed])
+        told = len(b.ops)
+        b.op(decode.dispatch_job(), [*words, 0, 0, kept, renamed], 0)
+        wide, h, y = b.floats("gate and up", 2 * inner, slots), b.floats("inner", inner, slots), b.floats("outputs", self.hidden, slots)
+        first = self.expert_product(f"{name}.gate_up_proj", weights["gate_up_proj"], x, wide, slots, offsets, rows, kept)
+        b.op(decode.glu_job(), [wide, Place(wide.held, 4 * inner), 8 * inner, inner, h, kept])
+        second = self.expert_product(f"{name}.down_proj", weights["down_proj"], h, y, slots, offsets, None, kept)
+        plans = [0 if row is None else b.plan_address(row) for row in (first, second)]
+        b.ops[told].words = b.written([*words, *plans, kept, renamed])
         out = b.floats("of the experts", self.hidden)
         b.op(decode.combine_job(), [y, kept, order, gates, self.top_k.ctypes.data, self.hidden, out], 0)
         return out
 
+    def expert_product(
+        self, name: str, weight, x: Place, y: Place, slots: int, offsets: Place, rows: Place | None, kept: int
+    ) -> int | None:
+        """y = W_e x for each expert's rows, which `rows` gathers from x. Returns the plan that wants to know how many, if there is one."""
+        b, (_, out, n) = self.b, weight.shape
+        codes = isinstance(weight, QTensor)
+        sorted_x = x
+        if rows is not None and not (codes and weight.offsets is None):
+            sorted_x = b.floats("sorted", n, slots)
+            b.op(decode.gather_job(), [x, n, rows, kept, sorted_x])
+        if not codes:
+            b.dense_experts(weight, sorted_x, y, offsets, name)
+            return None
+        tiles = self.tiles(name, lambda: weight, weight.scheme, weight.shape)
+        plan = b.product(tiles, x, y, slots=slots, offsets=offsets, gather=rows)
+        if weight.offsets is not None:
+            extra = _offsets(weight)
+            sums, more = b.floats("sums", extra.shape[2], slots), b.floats("offsets", out, slots)
+            b.op(decode.sums_job(), [sorted_x, n, n // weight.offsets.shape[-1], sums, kept])
+            b.dense_experts(extra, sums, more, offsets, name)
+            b.add(more, y, out, rows_at=kept)
+        return plan
+
     # ------------------------------------------------------------------------------------------------------------ the whole
-    def embedding(self) -> _At:
+    def embedding(self) -> Place:
         b, module = self.b, self.model.get_input_embeddings()
         y = b.floats("hidden", self.hidden)
         if isinstance(module, QEmbedding):
@@ -638,11 +436,11 @@ class _Assembler:
             x = self.norm(layer.input_layernorm, h, self.hidden)
             attend = self.latent_attention if self.family.latent else self.attention
             out = attend(layer.self_attn, f"{name}.self_attn", x)
-            b.op(decode.add_job(), [out, h, 0, self.hidden])
+            b.add(out, h, self.hidden)
             x = self.norm(layer.post_attention_layernorm, h, self.hidden)
             routed = hasattr(layer.mlp, "experts")
             out = (self.mixture if routed else self.mlp)(layer.mlp, f"{name}.mlp", x)
-            b.op(decode.add_job(), [out, h, 0, self.hidden])
+            b.add(out, h, self.hidden)
             self.release(name)
         body = len(b.ops)
         body_rows, b.rows_of = b.rows_of, []
@@ -654,7 +452,11 @@ class _Assembler:
         # the norm reads its number of rows where the head's record says how many are wanted: a record of its own
         normed = b.floats("normed", self.hidden, wanted)
         record, b.record = b.record, self.head_record(b.record)
-        b.op(decode.norm_job(), [picked, 4 * self.hidden, b.floats_of(self.model.model.norm.weight), self.eps, self.hidden, normed, 4 * self.hidden], 0)
+        b.op(
+            decode.norm_job(),
+            [picked, 4 * self.hidden, b.floats_of(self.model.model.norm.weight), self.eps, self.hidden, normed, 4 * self.hidden],
+            0,
+        )
         b.record = record
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
@@ -678,7 +480,7 @@ class _Assembler:
         return Program(
             b.table(0, body), b.table(body, len(b.ops)), np.array(body_rows, np.int64), np.array([*b.rows_of, self._head_rows], np.int64),
             b.record, logits, wanted, b.parts, plan, self.top_k, [b.plans[row] for row in self.gates], self.experts, self.most_k,
-            [], vocabulary, len(self.layers), [*b.kept, self.top_k],
+            vocabulary, len(self.layers), [*b.kept, self.top_k],
         )  # fmt: skip
 
     def head_record(self, record: np.ndarray) -> np.ndarray:
@@ -689,30 +491,24 @@ class _Assembler:
         return own
 
 
-def _told(b: _Builder, offsets: _At, heads: int, row: int) -> Callable[[np.ndarray], None]:
-    return _written(b, [offsets, heads, b.plan_address(row)])
-
-
-def _written(b: _Builder, words: list) -> Callable[[np.ndarray], None]:
-    def write(p: np.ndarray) -> None:
-        p[0] = b.record.ctypes.data
-        for i, w in enumerate(words):
-            p[1 + i] = b.address(w)
-
-    return write
-
-
 def _silu(act_fn, name: str) -> None:
     if not (isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"):
         raise ValueError(f"{name}: its activation is {type(act_fn).__name__}; the runtime knows SiLU (SwiGLU)")
 
 
-def _parts(experts: nn.Module, count: int) -> list[tuple[tuple[int, ...] | None, QExperts]]:
-    if isinstance(experts, QExpertsMixed):
-        return list(zip(experts.groups, experts.parts, strict=True))
-    if isinstance(experts, QExperts):
-        return [(None, experts)]
-    raise ValueError(f"the experts are a {type(experts).__name__} of {count}; the runtime takes quantized ones: compress the model first")
+def _parts(experts: nn.Module) -> list[tuple[tuple[int, ...] | None, nn.Module]]:
+    return list(zip(experts.groups, experts.parts, strict=True)) if isinstance(experts, QExpertsMixed) else [(None, experts)]
+
+
+def _stacks(part: nn.Module, name: str) -> dict[str, QTensor | np.ndarray]:
+    """The two stacks of a mixture's experts: codes, or float32 [experts, out, in]."""
+    if isinstance(part, QExperts):
+        _plain(part, name)
+        if not part._is_swiglu:
+            raise ValueError(f"{name}: the runtime knows experts with SwiGLU and without biases")
+        return part.qtensors()
+    _silu(getattr(part, "act_fn", None), name)
+    return {which: getattr(part, which).detach().float().numpy() for which in ("gate_up_proj", "down_proj")}
 
 
 def check_model(model: nn.Module, context: int) -> None:

@@ -105,7 +105,9 @@ class MemoryPlan:
         ]
 
     def __repr__(self) -> str:
-        lines = [f"MemoryPlan: {self.buffers} buffers; {self.saved:.0%} of the activations saved, {self.saved_with_cache:.0%} with the cache"]
+        lines = [
+            f"MemoryPlan: {self.buffers} buffers; {self.saved:.0%} of the activations saved, {self.saved_with_cache:.0%} with the cache"
+        ]
         return "\n".join([*lines, *(f"  {name:<40} {value:>14,} bytes" for name, value in self.rows())])
 
     def _repr_html_(self) -> str:

@@ -7,9 +7,9 @@
     Runtime.open(..., slots=8)              several sequences at once: `admit`, `step`, `release` (`batcher.py`)
 
 Prompts go through the matrix kernels `chunk` rows at a time, each new token through one call of the program (`decoder.py`,
-`kernels/decode.py`). Two switches trade exactness for speed. `activations`: "int8" rounds the inputs of every product to int8, per group of the
-weight, as llama.cpp does (and is the fastest); "float32" multiplies the weights' own values, and gives transformers' greedy
-tokens on the dequantized weights. `kv`: the cache as "float16" or "float32".
+`kernels/decode.py`). Two switches trade exactness for speed. `activations`: "int8" rounds the inputs of every product to int8, per
+group of the weight, as llama.cpp does (and is the fastest); "float32" multiplies the weights' own values, and gives transformers'
+greedy tokens on the dequantized weights. `kv`: the cache as "float16" or "float32".
 """
 
 import hashlib
@@ -27,54 +27,14 @@ from edgelab.kernels import decode, pool, simd
 from edgelab.kernels._jit import ONE_AT_A_TIME
 from edgelab.kernels._jit import threads as kernel_threads
 from edgelab.kernels.matmul import ACTIVATIONS
+from edgelab.sampling import Sampler, confidence
 
 MANIFEST = "edgelab.json"
 
 
-class Sampler:
-    """Chooses a token from logits: the largest at temperature 0, else drawn from softmax(logits / temperature).
-
-    `top_p`: from the fewest tokens that together have so much probability (nucleus sampling, Holtzman et al., arXiv 1904.09751). The same
-    seed draws the same tokens.
-
-    >>> Sampler()(np.array([0.0, 2.0, 1.0], np.float32))
-    1
-    >>> Sampler(temperature=1.0, top_p=0.5, seed=0)(np.log(np.array([0.1, 0.6, 0.3], np.float32)))  # 0.6 >= 0.5: only that one
-    1
-    """
-
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive number")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-        self.temperature, self.top_p = float(temperature), float(top_p)
-        self._random = np.random.default_rng(seed)
-
-    def __call__(self, logits: np.ndarray) -> int:
-        if self.temperature == 0:
-            return int(logits.argmax())
-        p = probabilities(logits, self.temperature)
-        if self.top_p < 1:
-            order = np.argsort(-p, kind="stable")
-            kept = order[: int(np.searchsorted(np.cumsum(p[order]), self.top_p)) + 1]
-            return int(kept[np.searchsorted(np.cumsum(p[kept]), self._random.random() * p[kept].sum(), side="right").clip(max=len(kept) - 1)])
-        return int(np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(max=len(p) - 1))
-
-
-def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """softmax(logits / temperature) float64 [..., vocabulary]. Raises ValueError for logits that hold NaN or infinity."""
-    z = logits.astype(np.float64) / temperature
-    z -= z.max(-1, keepdims=True)
-    if not np.isfinite(z).all():
-        raise ValueError("the logits hold NaN or infinity: the model's weights or its inputs do not fit")
-    p = np.exp(z)
-    return p / p.sum(-1, keepdims=True)
-
-
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns. `confidences`: the probability that the model gave each token it chose. `finish`: "stop", "length" or "context"."""
+    """What `generate` returns. `confidences`: the probability of each chosen token. `finish`: "stop", "length" or "context"."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -115,8 +75,8 @@ class Runtime:
     `context`: positions per sequence; `slots`: sequences at once; `chunk`: rows of a prompt that go through together; `threads`: None for
     `edgelab.set_threads`' number. `reuse` False gives every buffer memory of its own, to see what planning saves.
 
-    Attributes to read: `plan` (a `MemoryPlan`), `experts`, `vocabulary`, `lengths` (positions filled, per slot). To set between tokens: `threads`
-    and `top_k` (experts per token; the model's number or fewer).
+    Attributes to read: `plan` (a `MemoryPlan`), `experts`, `vocabulary`, `lengths` (positions filled, per slot). To set between tokens:
+    `threads` and `top_k` (experts per token; the model's number or fewer).
 
     One caller at a time. Raises ValueError for a model that it would compute differently from transformers, with the reason.
     """
@@ -136,7 +96,8 @@ class Runtime:
         _fill=None,
         _release=None,
     ) -> None:
-        from edgelab.decoder import Settings, assemble
+        from edgelab.decoder import assemble
+        from edgelab.program import Settings
         from edgelab.tile_store import TileStore
 
         kv = kv or ("float32" if simd.way() == "portable" else "float16")
@@ -174,8 +135,9 @@ class Runtime:
     def open(cls, folder: str | Path, *, tiles: str | Path | None = "cache", **settings) -> "Runtime":
         """The runtime of a bundle (or a checkpoint that transformers reads), its weights mapped.
 
-        `tiles`: "cache" keeps the weights in the kernels' order in the user's cache (`tile_store.cache_folder`) and maps them from there; a path names
-        the file; None lays them out in memory. Other settings as the class takes them. Raises FileNotFoundError or ValueError.
+        `tiles`: "cache" keeps the weights in the kernels' order in the user's cache (`tile_store.cache_folder`) and maps them from
+        there; a path names the file; None lays them out in memory. Other settings as the class takes them. Raises FileNotFoundError or
+        ValueError.
         """
         from edgelab.lazy import LazyBundle
         from edgelab.runtime_steps import steps_of
@@ -184,7 +146,9 @@ class Runtime:
         bundle = LazyBundle(folder)
         steps = steps_of(bundle.model)
         if steps:
-            raise ValueError(f"{folder} changes what it computes at run time ({steps[0]}); the runtime knows plain models: use transformers")
+            raise ValueError(
+                f"{folder} changes what it computes at run time ({steps[0]}); the runtime knows plain models: use transformers"
+            )
         file, key = None, ""
         if tiles is not None:
             key = _key(bundle)
@@ -213,8 +177,8 @@ class Runtime:
         p = self._program
         experts = f", {self.experts} experts of which {self.top_k} are used" if self.experts else ""
         return (
-            f"Runtime({p.layers} layers{experts}; {self.slots} x {self.context} positions, activations {self.activations}, cache {self.kv}, "
-            f"{self.threads} threads; {p.plan.weight_bytes + p.plan.planned_bytes + p.plan.cache_bytes:,} bytes)"
+            f"Runtime({p.layers} layers{experts}; {self.slots} x {self.context} positions, activations {self.activations}, "
+            f"cache {self.kv}, {self.threads} threads; {p.plan.weight_bytes + p.plan.planned_bytes + p.plan.cache_bytes:,} bytes)"
         )
 
     # ------------------------------------------------------------------------------------------------------------ settings
@@ -253,11 +217,14 @@ class Runtime:
         Raises ValueError for a slot or a token that does not exist, and where the context is too short, before anything is computed.
         """
         ids = self._checked(slot, ids)
-        self._prompt(slot, ids, last_only=True, progress=progress)
+        self._prompt(slot, ids, progress)
         return self._head(np.array([(len(ids) - 1) % self.chunk]))[0].copy()
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Logits float32 [len(slots), vocabulary] after one more token for each of the (different) slots. A view: the next call overwrites it."""
+        """Logits float32 [len(slots), vocabulary] after one more token for each of the (different) slots.
+
+        A view: the next call overwrites it.
+        """
         n = len(slots)
         if n != len(tokens) or not n or len(set(slots)) != n:
             raise ValueError(f"slots {list(slots)} and tokens {list(tokens)} must be as many, at least one, and no slot twice")
@@ -308,10 +275,12 @@ class Runtime:
             raise ValueError(f"ids hold {found.min()} .. {found.max()}; the vocabulary is 0 .. {self.vocabulary - 1}")
         room = self.context - (0 if fresh else self.lengths[slot])
         if found.size > room:
-            raise ValueError(f"{found.size} tokens do not fit: {room} of the context of {self.context} are free; open with a longer context")
+            raise ValueError(
+                f"{found.size} tokens do not fit: {room} of the context of {self.context} are free; open with a longer context"
+            )
         return found.astype(np.int64)
 
-    def _prompt(self, slot: int, ids: np.ndarray, last_only: bool, progress: bool = False) -> None:
+    def _prompt(self, slot: int, ids: np.ndarray, progress: bool) -> None:
         starts = range(0, len(ids), self.chunk)
         if progress:
             from tqdm.auto import tqdm
@@ -341,8 +310,11 @@ class Runtime:
 
     def _call(self, program: np.ndarray, rows_of: np.ndarray, rows: int) -> None:
         workers = self._threads - 1
+        many = rows >= 16
+        # few rows read as fast as memory gives, better in long runs: two parts a thread were 3 to 6 % faster than four (AMD EPYC)
+        parts = pool.parts_of(workers) if many else min(pool.parts_of(workers), 2 * self._threads)
         with ONE_AT_A_TIME:
-            decode.run(program, rows_of, rows, pool.ready(workers), pool.parts_of(workers), workers, rows >= 16)
+            decode.run(program, rows_of, rows, pool.ready(workers), parts, workers, many)
 
     # ---------------------------------------------------------------------------------------------------------- generation
     def generate(
@@ -362,7 +334,9 @@ class Runtime:
         steps = list(self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)))
         prefill_s, decode_s = steps[0][2], sum(s[2] for s in steps[1:])
         tokens = [token for token, _, _, finish in steps if finish != "stop"]
-        return Generation(tokens, len(ids), prefill_s, decode_s, [p for _, p, _, finish in steps if finish != "stop"], steps[-1][3] or "length")
+        return Generation(
+            tokens, len(ids), prefill_s, decode_s, [p for _, p, _, finish in steps if finish != "stop"], steps[-1][3] or "length"
+        )
 
     def stream(self, ids: Sequence[int], max_new: int = 64, *, temperature=0.0, top_p=1.0, stop=None, seed=None) -> Iterator[int]:
         """The tokens of `generate`, each as soon as it is there."""
@@ -392,11 +366,6 @@ class Runtime:
                 return
             start = time.perf_counter()
             logits = self.step((0,), (token,))[0]
-
-
-def confidence(logits: np.ndarray, token: int) -> float:
-    """softmax(logits)[token]."""
-    return float(1 / np.exp(logits - logits[token]).sum())
 
 
 def generate(folder: str | Path, ids: Sequence[int], max_new: int = 64, **settings) -> Generation:

@@ -11,6 +11,7 @@ The file is a safetensors file with one tensor of bytes; its metadata say where 
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ class TileStore:
             scales = self._view(scales_at, scales_shape, np.int16)
             table = np.zeros(16, np.float32)
             if bits < 8:
-                table[:] = np.tile(np.asarray(np.arange(2**bits) - 2 ** (bits - 1) if levels is None else levels, np.float32), 16 // 2**bits)
+                table[:] = np.tile(
+                    np.asarray(np.arange(2**bits) - 2 ** (bits - 1) if levels is None else levels, np.float32), 16 // 2**bits
+                )
             found = Tiles(codes, scales, table, out, n, bits, group, levels is None)
             self.mapped_bytes += found.nbytes
         else:
@@ -96,7 +99,8 @@ class TileStore:
                 f.write(b"\0" * (8 + len(header) + at - f.tell()))
             temporary.replace(self.file)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _open(file: Path, key: str) -> tuple[dict, np.ndarray | None]:

@@ -18,14 +18,14 @@ between two jobs, so a step costs what its bytes and products cost, and some 0.3
 each lane is a position, a query's number is broadcast. Values lie position after position, [slot, head, position, dim], lanes are
 dimensions. As float16 (half the memory, rounded) or float32.
 
-**Attention** takes up to QUERIES queries of one key head at a time, whether they are the heads of a group (Ainslie et al., arXiv 2305.13245)
-or neighbouring rows of a prompt: a key's vector, once loaded, serves all of them. Scores, softmax and weighted sum are three passes over a
-scratch that fits the second-level cache.
+**Attention** takes up to QUERIES queries of one key head at a time, whether they are the heads of a group (Ainslie et al., arXiv
+2305.13245) or neighbouring rows of a prompt: a key's vector, once loaded, serves all of them. Scores, softmax and weighted sum are three
+passes over a scratch that fits the second-level cache.
 
-**Multi-head latent attention** (DeepSeek-V2, arXiv 2405.04434, section 2.1) keeps per token only the normalised latent c [rank] and one rotated
-key [rope]. With K = c W_uk, q . k = (q W_uk^T) . c: queries go to the latent space (`dense`, per head), attention runs there with one key
-head for all, and what it returns, sums of c, goes through W_uv (a product per head). The values are the latents themselves: they are read from
-the keys' layout, lanes being positions (`_values_across`), and not stored twice.
+**Multi-head latent attention** (DeepSeek-V2, arXiv 2405.04434, section 2.1) keeps per token only the normalised latent c [rank] and one
+rotated key [rope]. With K = c W_uk, q . k = (q W_uk^T) . c: queries go to the latent space (`dense_job`, per head), attention runs there
+with one key head for all, and what it returns, sums of c, goes through W_uv (a product per head). The values are the latents themselves:
+they are read from the keys' layout, lanes being positions (`_values_across`), and not stored twice.
 """
 
 from functools import cache
@@ -361,14 +361,12 @@ def norm_job() -> int:
 
 @cache
 def add_job() -> int:
-    """y += x (+ bias). Words: 1 x, 2 y, 3 bias or 0, 4 n."""
+    """y += x. Words: 1 x, 2 y, 3 n, 4 address of the number of rows."""
 
     def add(p, part, parts):
-        rows, n = peek(p[0] + 8 * ROWS), p[4]
+        rows, n = peek(p[4]), p[3]
         for t in range(rows * part // parts, rows * (part + 1) // parts):
             _emit_add(p[1] + 4 * t * n, p[2] + 4 * t * n, n)
-            if p[3]:
-                _emit_add(p[3], p[2] + 4 * t * n, n)
 
     return job(add).address
 
@@ -441,6 +439,42 @@ def dense_job() -> int:
     return job(dense).address
 
 
+@cache
+def gather_job() -> int:
+    """Rows of x in an order, side by side. Words: 1 x, 2 n, 3 rows int64, 4 address of their number, 5 y."""
+
+    def gather(p, part, parts):
+        count, n, order = peek(p[4]), p[2], _i64(p[3])
+        for i in range(count * part // parts, count * (part + 1) // parts):
+            x, y = _f32(p[1] + 4 * order[i] * n), _f32(p[5] + 4 * i * n)
+            for j in range(n):
+                y[j] = x[j]
+
+    return job(gather).address
+
+
+@cache
+def dense_experts_job() -> int:
+    """Float32 weights of experts [experts, out, n], laid out as for `dense_job`, times each expert's rows.
+
+    Words: 1 x (sorted by expert), 2 weights, 3 experts, 4 out, 5 n (a multiple of 4), 6 y, 7 offsets int64 [experts + 1].
+    """
+
+    def dense_experts(p, part, parts):
+        out, n, offsets = p[4], p[5], _i64(p[7])
+        panels = (out + DENSE - 1) // DENSE
+        for w in range(panels * part // parts, panels * (part + 1) // parts):
+            for e in range(p[3]):
+                t, to = offsets[e], offsets[e + 1]
+                while t < to:
+                    m = _even(to - t, _MOST)
+                    weights, y = p[2] + (e * panels + w) * n * DENSE * 4, p[6] + 4 * (t * out + w * DENSE)
+                    _dense(m, weights, DENSE * 4, p[1] + 4 * t * n, n, 0, y, out, out - w * DENSE, n // 4, 1, 1)
+                    t += m
+
+    return job(dense_experts).address
+
+
 @exact
 def _rotate(x, from_, half, cos, sin, interleaved, spare):
     """The 2 * half numbers of x from `from_` on, rotated in place (Su et al., RoFormer, arXiv 2104.09864).
@@ -479,9 +513,9 @@ def _store_key(x, from_, dim, cache, position, half, spare):
 def heads_job(half: bool) -> int:
     """Queries and keys normed (where there is a gain) and rotated, in place; keys and values to the cache.
 
-    Words: 1 q, 2 k, 3 v, 4 / 5 / 6 floats between their rows, 7 heads, 8 key heads, 9 dim of a key, 10 dim of a value, 11 half of the rotated
-    dims, 12 / 13 gains of queries and keys or 0, 14 address of eps, 15 / 16 cos and sin [positions, half], 17 keys, 18 values, 19 / 20 bytes
-    of a slot, 21 / 22 bytes of a head, 23 interleaved, 24 dim of a value filled up to 16.
+    Words: 1 q, 2 k, 3 v, 4 / 5 / 6 floats between their rows, 7 heads, 8 key heads, 9 dim of a key, 10 dim of a value, 11 half of the
+    rotated dims, 12 / 13 gains of queries and keys or 0, 14 address of eps, 15 / 16 cos and sin [positions, half], 17 keys, 18 values,
+    19 / 20 bytes of a slot, 21 / 22 bytes of a head, 23 interleaved, 24 dim of a value filled up to 16.
     """
 
     def heads(p, part, parts):
@@ -527,9 +561,9 @@ def heads_job(half: bool) -> int:
 def latent_job(half: bool) -> int:
     """Multi-head latent attention: the latent normed, the shared key rotated, both to the cache; the queries' rotated parts put in place.
 
-    Words: 1 q, 2 floats between its rows, 3 heads, 4 dims of a head without rotation, 5 half of the rotated dims, 6 latent and shared key,
-    7 floats between its rows, 8 rank, 9 gain of the latent, 10 address of eps, 11 / 12 cos and sin, 13 keys, 14 bytes of a slot, 15 interleaved,
-    16 latent queries [rows, heads, rank + rotated], of which the last are written here.
+    Words: 1 q, 2 floats between its rows, 3 heads, 4 dims of a head without rotation, 5 half of the rotated dims, 6 latent and shared
+    key, 7 floats between its rows, 8 rank, 9 gain of the latent, 10 address of eps, 11 / 12 cos and sin, 13 keys, 14 bytes of a slot,
+    15 interleaved, 16 latent queries [rows, heads, rank + rotated], of which the last are written here.
     """
 
     def latent(p, part, parts):
@@ -564,9 +598,9 @@ def latent_job(half: bool) -> int:
 def attention_job(half: bool, across: bool) -> int:
     """softmax(q K^T * scale) V over the positions of each row's sequence up to its own.
 
-    Words: 1 q, 2 floats between its rows, 3 dim of a key, 4 queries of a key head, 5 key heads, 6 keys, 7 bytes of a slot, 8 bytes of a head,
-    9 values, 10 bytes of a slot, 11 bytes of a head, 12 dim of a value (`across`) or of one filled up to 16, 13 y, 14 floats between its
-    rows, 15 floats between its heads, 16 scratch, 17 bytes of it for each part, 18 floats of a row of scores, 19 address of the scale.
+    Words: 1 q, 2 floats between its rows, 3 dim of a key, 4 queries of a key head, 5 key heads, 6 keys, 7 bytes of a slot, 8 bytes of a
+    head, 9 values, 10 bytes of a slot, 11 bytes of a head, 12 dim of a value (`across`) or of one filled up to 16, 13 y, 14 floats between
+    its rows, 15 floats between its heads, 16 scratch, 17 bytes of it for each part, 18 floats of a row of scores, 19 address of the scale.
     """
     scores, values = emitted(_scores, _EACH, half=half), emitted(_values_across if across else _values, _EACH, half=half)
     size = 2 if half else 4
@@ -639,8 +673,8 @@ def offsets_job() -> int:
 def gate_job(deepseek: bool) -> int:
     """Experts and weights of each row from the router's logits, as transformers has them.
 
-    Words: 1 logits, 2 experts, 3 k, 4 indices int64 [rows, k], 5 weights float32 [rows, k], 6 normalise, 7 bias (float32), 8 groups, 9 groups kept,
-    10 address of the scale (float32), 11 address of the confidence: the mean of the largest weight (unused: 0).
+    Words: 1 logits, 2 experts, 3 k, 4 indices int64 [rows, k], 5 weights float32 [rows, k], 6 normalise, 7 bias (float32), 8 groups,
+    9 groups kept, 10 address of the scale (float32).
     """
 
     def gate(p, part, parts):
@@ -660,9 +694,9 @@ def gate_job(deepseek: bool) -> int:
 def dispatch_job() -> int:
     """The choices sorted by expert, for the experts of one part; three plans told how many there are.
 
-    Words: 1 indices [rows, k], 2 k (its address is shared: word 2 is an address), 3 experts of the model, 4 numbers within the part, int64 [experts], or 0
-    where the part is the whole, 5 experts of the part, 6 order, 7 offsets, 8 rows, 9 plan of gate_up, 10 plan of down, 11 address
-    of the number of slots, 12 local indices.
+    Words: 1 indices [rows, k], 2 address of k, 3 experts of the model, 4 numbers within the part, int64 [experts], or 0 where the part is
+    the whole, 5 experts of the part, 6 order, 7 offsets, 8 rows, 9 / 10 plans of gate_up and down or 0, 11 address of the number of slots,
+    12 local indices.
     """
 
     def dispatch(p, part, parts):
@@ -679,8 +713,10 @@ def dispatch_job() -> int:
         kept = offsets[experts]
         for i in range(kept):
             rows[i] = order[i] // k
-        poke(p[9] + 8 * SLOTS, kept)
-        poke(p[10] + 8 * SLOTS, kept)
+        if p[9]:
+            poke(p[9] + 8 * SLOTS, kept)
+        if p[10]:
+            poke(p[10] + 8 * SLOTS, kept)
         poke(p[11], kept)
 
     return job(dispatch).address
@@ -688,7 +724,10 @@ def dispatch_job() -> int:
 
 @cache
 def combine_job() -> int:
-    """Each row's weighted sum of what its experts returned. Words: 1 outputs, 2 address of their number, 3 order, 4 weights, 5 address of k, 6 n, 7 y."""
+    """Each row's weighted sum of what its experts returned.
+
+    Words: 1 outputs, 2 address of their number, 3 order, 4 weights, 5 address of k, 6 n, 7 y.
+    """
 
     def combine(p, part, parts):
         rows, kept, k, n = peek(p[0] + 8 * ROWS), peek(p[2]), peek(p[5]), p[6]
@@ -700,10 +739,13 @@ def combine_job() -> int:
 
 @cache
 def sums_job() -> int:
-    """Sums of x over groups, for a weight with offsets. Words: 1 x, 2 n, 3 group, 4 y [rows, n / group filled up to 4]."""
+    """Sums of x over groups, for a weight with offsets.
+
+    Words: 1 x, 2 n, 3 group, 4 y [rows, n / group filled up to 4], 5 address of the number of rows.
+    """
 
     def sums(p, part, parts):
-        rows, n, group = peek(p[0] + 8 * ROWS), p[2], p[3]
+        rows, n, group = peek(p[5]), p[2], p[3]
         padded = (n // group + 3) // 4 * 4
         for t in range(rows * part // parts, rows * (part + 1) // parts):
             x, y = _f32(p[1] + 4 * t * n), _f32(p[4] + 4 * t * padded)

@@ -34,6 +34,8 @@ from edgelab.kernels.simd import I32, I64, call
 _SYSCALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None  # futex
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT, FUTEX_WAKE with FUTEX_PRIVATE_FLAG
 _SPINS = 4_000  # looks at the ticket before a worker sleeps, some 25 ns each
+# Looks at a job's last parts before the caller offers its core: on a busy machine a worker may hold a part and wait for this very core.
+_PATIENCE = 2_000
 LONG_NS = 300_000  # a job expected to take so long on one thread is worth waking workers for
 PARTS_PER_THREAD = 4
 _MOST_PARTS, MOST_WORKERS = 4095, 255  # what the ticket has room for
@@ -96,6 +98,14 @@ _add, _swap = _atomic(_emit_add, True, 2), _atomic(_emit_swap, True, 3)
 _pause, _futex = _atomic(_emit_pause, False, 1), _atomic(_emit_futex, True, 3)
 
 
+def _emit_yield(b, address):
+    """Let another thread of this core run: the one that we wait for, perhaps."""
+    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
+
+
+_yield = _atomic(_emit_yield, False, 1)
+
+
 @exact
 def _take(state, ticket):
     """Do parts of the ticket's job until none is left."""
@@ -150,8 +160,12 @@ def _each_pool(state, function, plan, parts, workers, long):
     if long:
         _wake(state)
     _take(state, ticket)
+    waited = 0
     while _load(state + _FINISHED) < parts:
         _pause(state)
+        waited += 1
+        if waited > _PATIENCE:
+            _yield(state)
     if not long:
         _wake(state)
 
