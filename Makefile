@@ -61,6 +61,7 @@ phone: $(VENV)/.core ## make the model for a phone again (a quarter of an hour; 
 
 studies: $(VENV)/.core ## the long measurements of data/studies that are missing (an hour; ARGS="qat --again" chooses)
 	@$(BIN)/python -m edgelab.studies $(ARGS)
+	@$(BIN)/python -m edgelab.claims.index
 	@$(BIN)/python -m edgelab.manifest --write
 
 lint: $(VENV)/.test-lab-export ## ruff, check only

@@ -1,4 +1,4 @@
-"""The command line: `edgelab demo | compress | evaluate | compare | info | doctor`, and what `cli_export` adds.
+"""The command line: `edgelab demo | compress | evaluate | compare | info | doctor`, and what `cli_export`, `cli_run` and others add.
 
 A thin view: each command reads its arguments, calls the pipeline and prints what it measured. Bad input ends with one
 sentence on stderr and exit code 2 (set EDGELAB_DEBUG=1 for the traceback); a check that failed ends with 1. torch is
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgelab import __version__, cli_export, words
+from edgelab import __version__, cli_export, cli_ledger, cli_predict, cli_run, words
 from edgelab.console import (
     CalibrationData,
     CalibrationTokens,
@@ -512,8 +512,9 @@ def doctor() -> None:
     out_console.print("All that is needed is here.", markup=False)
 
 
-app.registered_commands += cli_export.app.registered_commands
-app.registered_groups += cli_export.app.registered_groups
+for more in (cli_export.app, cli_run.app, cli_predict.app, cli_ledger.app):
+    app.registered_commands += more.registered_commands
+    app.registered_groups += more.registered_groups
 
 if __name__ == "__main__":
     app()

@@ -26,6 +26,10 @@ ORIGINS = [
     ("edge-phone/*", "made from edge-moe by this project (python -m edgelab.phone)", "Apache-2.0"),
     ("studies/*", "measured by this project (python -m edgelab.studies)", "Apache-2.0"),
     ("README.md", "written by this project", "Apache-2.0"),
+    ("devices.toml", "collected by this project; each number names its source", "Apache-2.0"),
+    ("published.toml", "published measurements, collected by this project; each names its source", "Apache-2.0"),
+    ("claims.csv", "claims of five articles, with rules by this project", "Apache-2.0"),
+    ("economics.toml", "collected by this project; each range names its source", "Apache-2.0"),
 ]
 
 

@@ -339,13 +339,16 @@ class Runtime:
         )
 
     def stream(self, ids: Sequence[int], max_new: int = 64, *, temperature=0.0, top_p=1.0, stop=None, seed=None) -> Iterator[int]:
-        """The tokens of `generate`, each as soon as it is there."""
-        for token, _, _, finish in self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)):
+        """The tokens of `generate`, each as soon as it is there; `confidence` then is that token's probability."""
+        for token, chosen, _, finish in self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)):
+            self.confidence = chosen
             if finish != "stop":
                 yield token
 
     def _stops(self, stop: Sequence[int] | None) -> frozenset[int]:
         return frozenset(self.eos if stop is None else map(operator.index, stop))
+
+    confidence = float("nan")  # the probability that the model gave the token that `stream` chose last
 
     def _steps(self, ids, max_new: int, sampler: Sampler, stops: frozenset[int]) -> Iterator[tuple[int, float, float, str]]:
         """(token, its probability, seconds, why it is the last or "") one after the other."""

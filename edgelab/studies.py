@@ -12,6 +12,10 @@ build": they are of the machine named in them, not of the reader's.
     students    one small dense model from nothing, from text or from the MoE: three seeds each
     adapt       a compressed model and about 1,000 examples of a domain that it never saw
     dynamic     what is computed by the input: early exit, skipped channels, sparse attention, two precisions
+    private     learning with differential privacy, and what an attacker can tell
+    federated   six devices with one kind of command each: alone, averaged, pooled
+
+`claims` is measured by `python -m edgelab.claims.index`.
 
 "mean of domains" rows weigh the four domains alike; their intervals resample the documents of each domain.
 """
@@ -28,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgelab import adapt, cascade, data
+from edgelab import adapt, cascade, data, federated, private
 from edgelab.compress import compress
 from edgelab.dynamic import report as skip_report
 from edgelab.early_exit import exit_report
@@ -326,9 +330,20 @@ def dynamic(b: Bench) -> Report:
     return b.report(models) + Report(tuple(rows))
 
 
+def private_study(b: Bench) -> Report:
+    """DP-SGD at several epsilons, and what an attacker can tell."""
+    int4 = compress(b.model(), Recipe.uniform("int4-g32"), progress=False).model
+    return private.study(int4, b.tokenizer, b.work / "private")
+
+
+def federated_study(b: Bench) -> Report:
+    """Six devices of one kind of command each: alone, averaged, pooled."""
+    return federated.study(federated.Base(str(data_dir() / "edge-moe")), b.tokenizer, b.work / "federated")
+
+
 STUDIES: dict[str, Callable[[Bench], Report]] = {
     "experts": experts, "recovery": recovery, "zeros": zeros, "channels": channels, "qat": qat, "students": students, "adapt": few_shot,
-    "dynamic": dynamic,
+    "dynamic": dynamic, "private": private_study, "federated": federated_study,
 }  # fmt: skip
 
 
@@ -352,7 +367,7 @@ def main() -> None:
             continue
         began, bench = time.monotonic(), Bench(a.work)
         report = STUDIES[name](bench)
-        report = Report(tuple(replace(r, provenance="measured at build") for r in report))
+        report = Report(tuple(r if r.provenance == "modelled" else replace(r, provenance="measured at build") for r in report))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(Study(name, report, bench.curves, time.monotonic() - began).to_json(), encoding="utf-8")
         os.replace(temporary, path)

@@ -45,7 +45,7 @@ def python(code: str, **environment: str) -> str:
 # ------------------------------------------------------------------------------------------------------- floors
 
 FLOORS = [
-    {"scheme", "qtensor", "recipe", "report", "device", "paths", "manifest"},
+    {"scheme", "qtensor", "recipe", "report", "device", "shape", "efficiency", "memory_plan", "paths", "manifest"},
     {"kernels"},
     {"methods"},
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
@@ -53,9 +53,12 @@ FLOORS = [
     | {"stream", "checkpoint", "runtime_steps", "phone", "studies", "surgery", "structure", "sparsify", "train", "adapt"}
     | {"expert_stats", "expert_steps", "routing"}
     | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"}
-    | {"interface", "startup", "devices", "deploy", "deploy_readme", "byte_map", "byte_formats"},
+    | {"interface", "startup", "devices", "deploy", "deploy_readme", "byte_map", "byte_formats"}
+    | {"program", "decoder", "tile_store", "sampling", "batcher", "monitor", "simulate", "host", "meters", "probes"}
+    | {"features", "private", "federated"},
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
-    | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"},
+    | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"}
+    | {"cli_run", "cli_predict", "cli_ledger", "device_lab", "chat", "governor_plots", "privacy_plots", "ledger", "claims"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}

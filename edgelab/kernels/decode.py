@@ -774,3 +774,71 @@ def run(program, rows_of, rows, state, parts, workers, long):
             each(state, program[i, FUNCTION], program[i, PLAN_AT], parts, workers, long)
         else:
             call(program[i, FUNCTION], program[i, PLAN_AT], 0, 1)
+
+
+# --------------------------------------------------------------------------------------------- one job on arrays, to test and to time
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: np.ndarray, y: np.ndarray) -> None:
+    """Fill y float32 [rows, n] with x / sqrt(mean(x^2) + eps) * gain. `eps` float32 [1]."""
+    record, plan = _record(len(x)), np.zeros(WORDS, np.int64)
+    n = x.shape[1]
+    plan[:8] = record.ctypes.data, x.ctypes.data, 4 * n, gain.ctypes.data, eps.ctypes.data, n, y.ctypes.data, 4 * n
+    _do(norm_job(), plan)
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, y: np.ndarray) -> None:
+    """Fill y float32 [rows, dim] with each row of x rotated by the angles of cos and sin [rows, half] (`_rotate`)."""
+    y[:] = x
+    spare = np.empty(2 * cos.shape[1], np.float32)
+    for t in range(len(x)):
+        _rotate(y[t], 0, cos.shape[1], cos[t], sin[t], interleaved, spare)
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray | None, positions: np.ndarray, scale: np.ndarray, y: np.ndarray) -> None:
+    """Fill y float32 [rows, heads, value_dim] with softmax(q K^T * scale) V over positions 0 .. positions[t] of each row t.
+
+    q float32 [rows, heads, dim]; keys [length, key heads, dim] and values [length, key heads, value_dim] float32 or float16, `heads` a
+    multiple of the key heads; `values` None: the first value_dim numbers of the keys, of which there is one head. `scale` float32 [1].
+    """
+    (rows, heads, dim), (length, key_heads, _), value_dim = q.shape, keys.shape, y.shape[2]
+    half, size, padded = keys.dtype == np.float16, keys.itemsize, -(-length // BLOCK) * BLOCK
+    blocks = np.zeros((key_heads, padded // BLOCK, dim, BLOCK), keys.dtype)
+    for i in range(length):
+        blocks[:, i // BLOCK, :, i % BLOCK] = keys[i]
+    by_head = None if values is None else np.ascontiguousarray(values.swapaxes(0, 1))
+    each_bytes = 64 * 3 + 4 * QUERIES * padded + 64
+    scratch, slots, record = np.zeros(each_bytes, np.uint8), np.zeros(rows, np.int64), _record(rows)
+    record[RUN], record[POSITIONS], record[SLOTS_AT] = rows, positions.ctypes.data, slots.ctypes.data
+    plan = np.zeros(WORDS, np.int64)
+    plan[:9] = (
+        record.ctypes.data,
+        q.ctypes.data,
+        heads * dim,
+        dim,
+        heads // key_heads,
+        key_heads,
+        blocks.ctypes.data,
+        0,
+        padded * dim * size,
+    )
+    if by_head is not None:
+        plan[9], plan[11] = by_head.ctypes.data, length * value_dim * size
+    plan[12:17] = value_dim, y.ctypes.data, heads * value_dim, value_dim, scratch.ctypes.data
+    plan[17:20] = each_bytes, padded, scale.ctypes.data
+    _do(attention_job(half, values is None), plan)
+
+
+def _record(rows: int) -> np.ndarray:
+    record = np.zeros(RECORD, np.int64)
+    record[ROWS] = rows
+    return record
+
+
+@exact
+def _do_one(function, plan):
+    call(function, plan, 0, 1)
+
+
+def _do(function: int, plan: np.ndarray) -> None:
+    _do_one(function, plan.ctypes.data)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from edgelab.kernels import decode as _decode
 from edgelab.kernels import router as _router
 from edgelab.kernels.experts import swiglu_experts as _swiglu
 from edgelab.kernels.histogram import count as _count
@@ -597,6 +598,85 @@ def make_csr_matmul(
     return weight, x.astype(np.float32), np.full((tokens, out), np.nan, np.float32)
 
 
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: np.ndarray, y: np.ndarray) -> None:
+    """Twin of `decode.rms_norm`, in float64."""
+    wide = x.astype(np.float64)
+    y[:] = wide / np.sqrt((wide**2).mean(1, keepdims=True) + eps.astype(np.float64)) * gain
+
+
+def rms_norm_bound(x, gain, eps, y) -> np.ndarray:
+    """Largest difference: a sum of n squares, a division, a root, a reciprocal and two products, each rounded."""
+    rms_norm(x, gain, eps, ref := np.empty(y.shape, np.float64))
+    return _relative(x.shape[1] + 8) * np.abs(ref) + 1e-30
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, y: np.ndarray) -> None:
+    """Twin of `decode.rotate`: pairs as complex numbers, times exp(i angle)."""
+    half = cos.shape[1]
+    a, b = (x[:, 0 : 2 * half : 2], x[:, 1 : 2 * half : 2]) if interleaved else (x[:, :half], x[:, half : 2 * half])
+    turned = (a + 1j * b.astype(np.complex128)) * (cos + 1j * sin.astype(np.complex128))
+    y[:] = x
+    y[:, :half], y[:, half : 2 * half] = turned.real, turned.imag
+
+
+def rotate_bound(x, cos, sin, interleaved, y) -> np.ndarray:
+    """Largest difference: two products and a sum, rounded."""
+    return np.full(y.shape, _relative(3) * 2 * float(np.abs(x).max(initial=0)) * 1.0001)
+
+
+def attention(q, keys, values, positions, scale, y) -> None:
+    """Twin of `decode.attention`: one row and one head after the other, in float64."""
+    group = q.shape[1] // keys.shape[1]
+    for t, position in enumerate(positions):
+        for h in range(q.shape[1]):
+            k = keys[: position + 1, h // group].astype(np.float64)
+            v = k[:, : y.shape[2]] if values is None else values[: position + 1, h // group].astype(np.float64)
+            score = k @ q[t, h].astype(np.float64) * float(scale[0])
+            p = np.exp(score - score.max())
+            y[t, h] = p @ v / p.sum()
+
+
+def attention_bound(q, keys, values, positions, scale, y) -> np.ndarray:
+    """Largest difference. A score is a sum of dim products, then scaled: it is off by e <= (dim + 2) eps sum |q k| |scale|, and so its
+    power by a factor exp(+-2 e) (the largest is subtracted) and 4 units more; the weighted mean of values then moves by twice that, and by
+    the rounding of a sum over the positions."""
+    dim, length = q.shape[2], keys.shape[0]
+    k = np.abs(keys.astype(np.float64))
+    group = q.shape[1] // keys.shape[1]
+    most = np.einsum("thd,phd->th", np.abs(q.astype(np.float64)), np.repeat(k, group, 1)[k.sum((1, 2)).argmax()][None])
+    error = 2 * _relative(dim + 2) * most.max() * abs(float(scale[0])) + _relative(length + 8)
+    largest = k[..., : y.shape[2]].max() if values is None else np.abs(values.astype(np.float64)).max()
+    return np.full(y.shape, 4 * error * largest)
+
+
+def make_rms_norm(rng: np.random.Generator, *, n: int = 256, tokens: int = 3) -> tuple:
+    """Arguments of `rms_norm`."""
+    x, gain = (rng.standard_normal(shape).astype(np.float32) for shape in ((tokens, n), (n,)))
+    return x, gain, np.array([1e-6], np.float32), np.full((tokens, n), np.nan, np.float32)
+
+
+def make_rotate(rng: np.random.Generator, *, dim: int = 64, half: int = 32, tokens: int = 3, interleaved: bool = False) -> tuple:
+    """Arguments of `rotate`."""
+    x, angle = rng.standard_normal((tokens, dim)).astype(np.float32), rng.standard_normal((tokens, half))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return x, cos, sin, interleaved, np.full((tokens, dim), np.nan, np.float32)
+
+
+def make_attention(
+    rng: np.random.Generator, *, heads: int = 4, key_heads: int = 2, dim: int = 64, tokens: int = 3, length: int = 100, latent: int = 0,
+    half: bool = False,
+) -> tuple:  # fmt: skip
+    """Arguments of `attention`: the last `tokens` of `length` positions; `latent`: that many numbers of the one key are the value."""
+    kind, key_heads = np.float16 if half else np.float32, 1 if latent else key_heads
+    q = rng.standard_normal((tokens, heads, dim)).astype(np.float32)
+    keys, values = (rng.standard_normal((length, key_heads, dim)).astype(kind) for _ in range(2))
+    y = np.full((tokens, heads, latent or dim), np.nan, np.float32)
+    return q, keys, None if latent else values, np.arange(length - tokens, length), np.array([dim**-0.5], np.float32), y
+
+
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
@@ -632,6 +712,9 @@ PAIRS = {
     "mse_curve": (_mse_curve, mse_curve, make_mse_curve),
     "bitmap_matmul": (_bitmap_matmul, bitmap_matmul, make_bitmap_matmul),
     "csr_matmul": (_csr_matmul, csr_matmul, make_csr_matmul),
+    "rms_norm": (_decode.rms_norm, rms_norm, make_rms_norm),
+    "rotate": (_decode.rotate, rotate, make_rotate),
+    "attention": (_decode.attention, attention, make_attention),
 }
 BOUNDS = {
     "qmatmul": qmatmul_bound,
@@ -649,4 +732,7 @@ BOUNDS = {
     "mse_curve": mse_curve_bound,
     "bitmap_matmul": bitmap_matmul_bound,
     "csr_matmul": csr_matmul_bound,
+    "rms_norm": rms_norm_bound,
+    "rotate": rotate_bound,
+    "attention": attention_bound,
 }

@@ -1,0 +1,138 @@
+"""`edgelab run`: a bundle answers in the shell, on the numba runtime, token by token."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelab.console import Threads, err_console, guarded, local_only, out_console, print_table, tokenizer_of
+
+app = typer.Typer()
+
+
+@app.command()
+@guarded
+def run(
+    bundle: Annotated[str, typer.Argument(help="A bundle written by `edgelab compress`, or a model.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from standard input.")] = None,
+    max_new: Annotated[int, typer.Option("--max-new", help="Tokens of an answer at most.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the most probable token each time.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the fewest tokens with so much probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws: the same seed, the same answer.")] = None,
+    context: Annotated[int, typer.Option("--context", help="Positions in all; 0: the model's, 4096 at most.", min=0)] = 0,
+    experts: Annotated[int, typer.Option("--experts", help="Experts per token; 0: the model's number.", min=0)] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="float32 inputs and cache: transformers' numbers, slower.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print what was measured, and where the memory is.")] = False,
+    govern: Annotated[bool, typer.Option("--govern", help="Follow battery, heat and load: threads, experts, pauses.")] = False,
+    metrics: Annotated[int | None, typer.Option("--metrics", help="Prometheus text on this port of localhost; 0: any free.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Answer PROMPT with BUNDLE on the numba runtime; without PROMPT, line by line until the input ends."""
+    from edgelab.doctor import usable_cores
+    from edgelab.governor import PHONE, Governed, Governor
+    from edgelab.monitor import Monitor
+    from edgelab.runtime import Runtime
+
+    if not Path(bundle).is_dir():
+        raise ValueError(f"{bundle!r} is no folder; give a bundle (`edgelab compress MODEL --out OUT` makes one, also of a hub name)")
+    local_only(bundle)
+    tokenizer = tokenizer_of(bundle)
+    if tokenizer is None:
+        raise ValueError(f"{bundle} has no tokenizer: a prompt in words cannot be read; Runtime.open takes ids")
+    monitor = Monitor()
+    served = None if metrics is None else monitor.serve(metrics)  # before any work: the port may be taken
+    try:
+        began = time.perf_counter()
+        settings = {"activations": "float32", "kv": "float32"} if exact else {}
+        cores = usable_cores()
+        runtime = Runtime.open(bundle, threads=min(threads or cores, cores), context=context or _context(Path(bundle)), **settings)
+        if experts:
+            runtime.top_k = experts
+        opened_s = time.perf_counter() - began
+        engine = Governed(runtime, Governor(PHONE)) if govern else runtime
+        if served is not None:
+            err_console.print(f"metrics: {served}", markup=False)
+        for message in _messages(prompt):
+            ids = _ids(tokenizer, message, raw)
+            stream = engine.stream(ids, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
+            for piece in pieces(tokenizer, _watched(stream, runtime, monitor, len(ids))):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            if govern:
+                err_console.print(f"{engine.decision.setting}: {engine.decision.reason}", markup=False)
+    finally:
+        if served is not None:
+            served.close()
+    if stats:
+        print_table([{"what": "opened in", "value": f"{opened_s:.2f} s"}, *_two(monitor.summary())], "Measured")
+        out_console.print(repr(runtime), markup=False)
+        out_console.print(repr(runtime.plan), markup=False)
+
+
+def _watched(tokens, runtime, monitor, prompt_tokens: int) -> Iterator[int]:
+    """The tokens as they pass, observed with their times and probabilities."""
+    seconds, confidences, at = [], [], time.perf_counter()
+    try:
+        for token in tokens:
+            seconds.append(time.perf_counter() - at)
+            confidences.append(runtime.confidence)
+            yield token
+            at = time.perf_counter()  # what is done with a token is not the model's time
+    finally:
+        if seconds:
+            monitor.observe(seconds, confidences, prompt_tokens=prompt_tokens)
+
+
+def _two(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of any two columns under the names of ours."""
+    return [dict(zip(("what", "value"), row.values(), strict=False)) for row in rows]
+
+
+def pieces(tokenizer, tokens) -> Iterator[str]:
+    """The text of tokens as it grows, in pieces that are whole characters."""
+    held: list[int] = []
+    shown = ""
+    for token in tokens:
+        held.append(token)
+        text = tokenizer.decode(held, skip_special_tokens=True)
+        if text.endswith("\ufffd"):  # the first bytes of a character
+            continue
+        yield text[len(shown) :]
+        shown = text
+        if len(held) > 64 and text.endswith("\n"):  # long answers are not decoded from their beginning each time
+            held, shown = [], ""
+    if held and (rest := tokenizer.decode(held, skip_special_tokens=True)[len(shown) :]):
+        yield rest
+
+
+def _messages(prompt: str | None) -> Iterator[str]:
+    if prompt is not None:
+        yield sys.stdin.read() if prompt == "-" else prompt
+        return
+    while True:
+        if sys.stdin.isatty():
+            err_console.print("> ", end="", markup=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _ids(tokenizer, message: str, raw: bool) -> list[int]:
+    if not message:
+        raise ValueError("the prompt is empty: give at least one character")
+    if not raw and getattr(tokenizer, "chat_template", None):
+        found = tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True)
+        return list(found["input_ids"] if hasattr(found, "keys") else found)
+    return tokenizer(message)["input_ids"]
+
+
+def _context(folder: Path) -> int:
+    most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings") or 4096
+    return min(most, 4096)

@@ -1,0 +1,99 @@
+"""`edgelab run`: what a person types, and what comes back."""
+
+import urllib.request
+
+import pytest
+from test_cli import bundle, edgelab, model, runner  # noqa: F401 (fixtures)
+
+from edgelab import cli, cli_run
+from edgelab.model import load_tokenizer
+from edgelab.paths import data_dir
+
+PHONE = str(data_dir() / "edge-phone")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDGELAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_the_phone_model_answers_a_command_as_transformers_does():
+    import torch
+
+    from edgelab import load
+
+    tokenizer, torchs = load_tokenizer(PHONE), load(PHONE)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "play the blues"}], add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+    with torch.inference_mode():
+        theirs = torchs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+    result = edgelab("run", PHONE, "play the blues", "--exact", "--max-new", "32")
+    assert result.exit_code == 0
+    assert result.output.strip() == tokenizer.decode(theirs, skip_special_tokens=True).strip() and '"call"' in result.output
+
+
+def test_raw_goes_on_where_the_prompt_ends_and_stats_are_shown(bundle):  # noqa: F811
+    result = edgelab("run", bundle, "import os", "--raw", "--max-new", "5", "--stats", "--experts", "1", "--threads", "1")
+    assert result.exit_code == 0
+    for said in ("tokens written", "time to first token", "confidence, mean", "of which 1 are used", "activations, planned"):
+        assert said in " ".join(result.output.split())
+
+
+def test_a_conversation_line_by_line_governed(bundle):  # noqa: F811
+    result = runner.invoke(cli.app, ["run", str(bundle), "--max-new", "3", "--govern"], input="one\n\ntwo\n")
+    assert result.exit_code == 0 and result.output.count("threads") >= 2  # what was decided, after each answer
+
+
+def test_the_same_seed_draws_the_same(bundle):  # noqa: F811
+    drawn = [edgelab("run", bundle, "x", "--temperature", "1", "--seed", s, "--max-new", "12").output for s in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere", "x"), "is no folder; give a bundle"),
+        ((PHONE, ""), "the prompt is empty"),
+        ((PHONE, "x", "--top-p", "2"), "top_p=2"),
+        ((PHONE, "x", "--experts", "9"), "top_k=9; the model uses 2"),
+        ((PHONE, "x", "--context", "5000"), "max_position_embeddings=1024"),
+        ((PHONE, "x " * 900, "--context", "32"), "tokens do not fit"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(arguments, says):
+    result = edgelab("run", *arguments, "--raw", code=2)
+    assert says in " ".join(result.output.split())
+
+
+def test_pieces_are_whole_characters_and_add_up():
+    tokenizer = load_tokenizer(PHONE)
+    text = "naïve — 'привет' \n" * 30
+    ids = tokenizer(text)["input_ids"]
+    found = list(cli_run.pieces(tokenizer, ids))
+    assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert not any("\ufffd" in piece for piece in found)
+
+
+def test_metrics_are_served_while_it_runs(bundle, monkeypatch):  # noqa: F811
+    pytest.importorskip("prometheus_client")
+    seen = []
+    from edgelab.monitor import Monitor
+
+    serve = Monitor.serve
+
+    def noted(self, port=0, **settings):
+        seen.append(serve(self, port, **settings))
+        return seen[0]
+
+    texts = []
+    inner = cli_run.pieces
+
+    def asking(tokenizer, tokens):
+        yield from inner(tokenizer, tokens)
+        url = repr(seen[0]).split("'")[1]
+        texts.append(urllib.request.urlopen(url, timeout=5).read().decode())
+
+    monkeypatch.setattr(Monitor, "serve", noted)
+    monkeypatch.setattr(cli_run, "pieces", asking)
+    assert edgelab("run", bundle, "x", "--metrics", "0", "--max-new", "4").exit_code == 0
+    assert "edgelab_requests_total 1.0" in texts[0]
