@@ -135,6 +135,15 @@ def _integer_job(bits: int) -> int:
         tile_bytes, scale_bytes = all_units * bits * VECTOR, groups * ROWS * 2
         steps = (tiles + _PANEL_TILES - 1) // _PANEL_TILES
         block = panel_units if groups == 1 else max(1, panel_units // units) * units
+        # One row or a few for several experts: a part takes whole experts one after the other, for memory is read fastest in long
+        # runs. With more rows each part takes its share of every expert, for experts then differ in their work.
+        in_runs = p[EXPERTS] > 1 and slots <= few_most
+        seen = from_tile = to_tile = 0
+        if in_runs:
+            active = 0
+            for e in range(p[EXPERTS]):
+                active += peek(p[OFFSETS] + 8 * e + 8) > peek(p[OFFSETS] + 8 * e)
+            from_tile, to_tile = active * tiles * part // parts, active * tiles * (part + 1) // parts
         for e in range(p[EXPERTS]):
             lo, hi = peek(p[OFFSETS] + 8 * e), peek(p[OFFSETS] + 8 * e + 8)
             if hi <= lo:
@@ -142,11 +151,14 @@ def _integer_job(bits: int) -> int:
             codes, scales = p[CODES] + e * tiles * tile_bytes, p[SCALES] + e * tiles * scale_bytes
             if hi - lo <= few_rows:
                 first, last = tiles * part // parts, tiles * (part + 1) // parts
+                if in_runs:
+                    first, last = max(from_tile - seen, 0), min(to_tile - seen, tiles)
+                    seen += tiles
                 for tile in range(first, last):
                     if tile + 1 == last:  # the stream of codes ends here; the next one begins at another expert
                         following = _next_expert(p, e)
                         if following >= 0:
-                            at = following * tiles + first
+                            at = following * tiles + (0 if in_runs else first)
                             _ahead(p[CODES] + at * tile_bytes, micro.AHEAD // VECTOR)
                             _ahead(p[SCALES] + at * scale_bytes, micro.AHEAD // VECTOR // 8)
                     c, s, y, valid = codes + tile * tile_bytes, scales + tile * scale_bytes, p[Y] + tile * ROWS * 4, out - tile * ROWS
