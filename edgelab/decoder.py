@@ -22,7 +22,7 @@ from edgelab.kernels.pack import ROWS, Tiles, aligned
 from edgelab.layers import QEmbedding, QExperts, QLinear, Quantized
 from edgelab.memory_plan import MemoryPlan, bound
 from edgelab.mixed_experts import QExpertsMixed
-from edgelab.program import Builder, Place, Program, Settings
+from edgelab.program import Builder, Feed, Place, Program, Settings
 from edgelab.qtensor import QTensor
 from edgelab.scheme import PerGroup, QuantScheme
 from edgelab.tile_store import TileStore
@@ -118,6 +118,20 @@ def _joined(qs: list[QTensor]) -> _Later | None:
     return _Later(shape, first.scheme, make)
 
 
+@dataclass
+class _Source:
+    """Rows that a job computes: `place` stores them, for any number of readers; to one product alone they can be fed."""
+
+    feed: Feed
+    store: Callable[[], Place]
+    at: Place | None = None
+
+    def place(self) -> Place:
+        if self.at is None:
+            self.at = self.store()
+        return self.at
+
+
 class _Assembler:
     """One model on its way into a program."""
 
@@ -150,11 +164,13 @@ class _Assembler:
 
     # ------------------------------------------------------------------------------------------------------------- pieces
     def product(
-        self, name: str, weight: QTensor | _Later | np.ndarray, bias, x: Place, y: Place, slots: int | None = None, head: bool = False
+        self, name: str, weight: QTensor | _Later | np.ndarray, bias, x: Place | _Source, y, slots: int | None = None, head: bool = False
     ) -> None:
-        """y = x W^T + bias, whatever the weight is."""
+        """y = x W^T + bias, whatever the weight is. No other product reads the rows of a source."""
         b = self.b
         out, n = weight.shape
+        if isinstance(x, _Source):
+            x = x.feed if x.at is None and not isinstance(weight, np.ndarray) and b.rounds(weight) else x.place()
         if isinstance(weight, np.ndarray):
             b.dense(weight[None], x, n, 0, y, out, 0, name, head)
         else:
@@ -177,25 +193,40 @@ class _Assembler:
         b.dense(weight, sums, padded, 0, more, out, 0, name, head)
         b.add(more, y, out, head)
 
-    def norm(self, module: nn.Module, x: Place, n: int, ldx: int | None = None) -> Place:
-        y = self.b.floats("normed", n)
-        self.b.op(decode.norm_job(), [x, 4 * (ldx or n), self.b.floats_of(module.weight), self.eps, n, y, 4 * n])
-        return y
+    def norm(self, module: nn.Module, x: Place, n: int) -> _Source:
+        b, gain = self.b, self.b.floats_of(module.weight)
 
-    def linear(self, module: nn.Module, name: str, x: Place) -> tuple[Place, int]:
+        def store() -> Place:
+            y = b.floats("normed", n)
+            b.op(decode.norm_job(), [x, 4 * n, gain, self.eps, n, y, 4 * n])
+            return y
+
+        return _Source(Feed(decode.norm_quantize_job, [x, 4 * n, gain, self.eps, n, b.rows_at()]), store)
+
+    def swiglu(self, gate: Place, up: Place, stride: int, n: int, rows: int, rows_at: int) -> _Source:
+        b = self.b
+
+        def store() -> Place:
+            h = b.floats("inner", n, rows)
+            b.op(decode.glu_job(), [gate, up, stride, n, h, rows_at])
+            return h
+
+        return _Source(Feed(decode.glu_quantize_job, [gate, up, stride, n, rows_at]), store)
+
+    def linear(self, module: nn.Module, name: str, x: Place | _Source) -> tuple[Place, int]:
         """(the output, its width) of one linear module."""
         weight, bias = _linear(module, name)
         y = self.b.floats(name, weight.shape[0])
         self.product(name, weight, bias, x, y)
         return y, weight.shape[0]
 
-    def several(self, modules: dict[str, nn.Module], prefix: str, x: Place) -> list[tuple[Place, int]]:
+    def several(self, modules: dict[str, nn.Module], prefix: str, x: Place | _Source) -> list[tuple[Place, int]]:
         """[(the output, floats between its rows)] of modules that read the same x: one product where they can be joined."""
         found = {name: _linear(m, f"{prefix}.{name}") for name, m in modules.items()}
         weights = [w for w, _ in found.values()]
         joined = _joined(weights) if all(isinstance(w, QTensor) for w in weights) else None
         if joined is None:
-            outs = []
+            x, outs = x.place() if isinstance(x, _Source) else x, []
             for name, (weight, bias) in found.items():
                 y = self.b.floats(name, weight.shape[0])
                 self.product(f"{prefix}.{name}", weight, bias, x, y)
@@ -242,7 +273,7 @@ class _Assembler:
         many = heads * group > QUERIES or heads > 1
         b.op(decode.attention_job(self.settings.half, across), [*words, b.number(scale)], 1 if many else 2)
 
-    def attention(self, module: nn.Module, name: str, x: Place) -> Place:
+    def attention(self, module: nn.Module, name: str, x: _Source) -> Place:
         config, b = self.config, self.b
         heads, kv = config.num_attention_heads, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -259,8 +290,9 @@ class _Assembler:
         self.attend(q, ldq, dim, heads // kv, kv, keys, (*values, dim), y, heads * dim, dim, float(module.scaling))
         return self.linear(module.o_proj, f"{name}.o_proj", y)[0]
 
-    def latent_attention(self, module: nn.Module, name: str, x: Place) -> Place:
+    def latent_attention(self, module: nn.Module, name: str, x: _Source) -> Place:
         """DeepSeek's; see `kernels/decode.py`."""
+        x = x.place()  # for queries and latents
         c, b = self.config, self.b
         heads, rank, plain, value_dim = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
         half, cos, sin = self.rotation()
@@ -317,16 +349,16 @@ class _Assembler:
         return self.linear(module.o_proj, f"{name}.o_proj", y)[0]
 
     # -------------------------------------------------------------------------------------------------------- feed-forward
-    def mlp(self, module: nn.Module, name: str, x: Place) -> Place:
+    def mlp(self, module: nn.Module, name: str, x: Place | _Source) -> Place:
         _silu(getattr(module, "act_fn", None), name)
         (gate, ld), (up, _) = self.several({n: getattr(module, n) for n in ("gate_proj", "up_proj")}, name, x)
         inner = module.down_proj.in_features
-        h = self.b.floats(f"{name} inner", inner)
-        self.b.op(decode.glu_job(), [gate, up, 4 * ld, inner, h, self.b.rows_at()])
+        h = self.swiglu(gate, up, 4 * ld, inner, self.b.rows, self.b.rows_at())
         return self.linear(module.down_proj, f"{name}.down_proj", h)[0]
 
-    def mixture(self, module: nn.Module, name: str, x: Place) -> Place:
+    def mixture(self, module: nn.Module, name: str, x: _Source) -> Place:
         """Routed experts, and the shared ones beside them."""
+        x = x.place()  # for the router and all experts
         b, c, deepseek = self.b, self.config, self.family.gate == "deepseek"
         router, experts = module.gate, module.experts
         weight = router.weight.detach().float().numpy()
@@ -370,9 +402,9 @@ class _Assembler:
         words = [indices, self.top_k.ctypes.data, count, numbers, own, order, offsets, rows]
         told = len(b.ops)
         b.op(decode.dispatch_job(), [*words, 0, 0, kept, renamed], 0)
-        wide, h, y = b.floats("gate and up", 2 * inner, slots), b.floats("inner", inner, slots), b.floats("outputs", self.hidden, slots)
+        wide, y = b.floats("gate and up", 2 * inner, slots), b.floats("outputs", self.hidden, slots)
         first = self.expert_product(f"{name}.gate_up_proj", weights["gate_up_proj"], x, wide, slots, offsets, rows, kept)
-        b.op(decode.glu_job(), [wide, Place(wide.held, 4 * inner), 8 * inner, inner, h, kept])
+        h = self.swiglu(wide, Place(wide.held, 4 * inner), 8 * inner, inner, slots, kept)
         second = self.expert_product(f"{name}.down_proj", weights["down_proj"], h, y, slots, offsets, None, kept)
         plans = [0 if row is None else b.plan_address(row) for row in (first, second)]
         b.ops[told].words = b.written([*words, *plans, kept, renamed])
@@ -381,11 +413,13 @@ class _Assembler:
         return out
 
     def expert_product(
-        self, name: str, weight, x: Place, y: Place, slots: int, offsets: Place, rows: Place | None, kept: int
+        self, name: str, weight, x: Place | _Source, y: Place, slots: int, offsets: Place, rows: Place | None, kept: int
     ) -> int | None:
         """y = W_e x for each expert's rows, which `rows` gathers from x. Returns the plan that wants to know how many, if there is one."""
         b, (_, out, n) = self.b, weight.shape
         codes = isinstance(weight, QTensor)
+        if isinstance(x, _Source):
+            x = x.feed if codes and b.rounds(weight) else x.place()
         sorted_x = x
         if rows is not None and not (codes and weight.offsets is None):
             sorted_x = b.floats("sorted", n, slots)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from edgelab.kernels import decode, matmul
+from edgelab.kernels import decode, matmul, simd
 from edgelab.kernels.decode import DENSE, RECORD, WORDS
 from edgelab.kernels.pack import Tiles, aligned
 from edgelab.kernels.pool import parts_of
 from edgelab.memory_plan import Buffer, MemoryPlan, place
+from edgelab.scheme import PerGroup
 from edgelab.tile_store import TileStore
 
 ROWS_SHARED = 8  # rows from which on threads share what is not a product of weights
@@ -55,6 +56,14 @@ class Place:
 
     held: Held
     offset: int = 0
+
+
+@dataclass
+class Feed:
+    """What computes and rounds the rows that a product reads: `job` of the code that stands for 0, and its first words."""
+
+    job: Callable[[int], int]
+    words: list
 
 
 @dataclass
@@ -161,21 +170,30 @@ class Builder:
     def plan_address(self, row: int) -> int:
         return self.plans[row].ctypes.data
 
+    def rounds(self, weight) -> bool:
+        """Whether the inputs of a weight (with `scheme`, `shape`, `offsets`) go in as int8 and nothing else of them is needed."""
+        size = weight.scheme.granularity.size if isinstance(weight.scheme.granularity, PerGroup) else weight.shape[-1]
+        return self.settings.integer and weight.scheme.affine and size <= matmul.LONGEST_GROUP and weight.offsets is None
+
     def product(
         self,
         tiles: Tiles,
-        x: Place,
+        x: "Place | Feed",
         y: Place,
         *,
         slots: int | None = None,
         offsets: Place | None = None,
         gather: Place | None = None,
     ) -> int:
-        """y = x W^T by the kernels of `matmul.py`. With `offsets` for each expert its rows; their number is somebody else's to set."""
+        """y = x W^T by the kernels of `matmul.py`. With `offsets` for each expert its rows; their number is somebody else's to set.
+
+        A `Feed` for x: a job that computes its rows and rounds them on the spot (where `rounds` says so).
+        """
         slots = self.rows if slots is None else slots
         integer = self.settings.integer and tiles.linear and tiles.group <= matmul.LONGEST_GROUP
         sizes, nbytes = matmul.numbers(tiles, slots, integer, gather is not None, self.parts)
         prepare, compute = matmul.jobs_of(tiles, integer, sizes)
+        fed = isinstance(x, Feed)
         scratch = self.bytes("scratch", nbytes)
         row = self.new_plan()
         active = 1 if offsets is None else min(tiles.codes.shape[0], 4)
@@ -195,17 +213,22 @@ class Builder:
             p[m.CODES], p[m.SCALES], p[m.LEVELS] = tiles.codes.ctypes.data, tiles.scales.ctypes.data, tiles.levels.ctypes.data
             p[m.EXPERTS], p[m.TILES], p[m.UNITS], p[m.GROUPS] = *tiles.codes.shape[:3], tiles.scales.shape[2]
             p[m.GROUP], p[m.GROUP_UNITS], p[m.OUT], p[m.N] = group, units, out, n
-            p[m.OFFSETS], p[m.X], p[m.Y] = self.address(offsets_at), self.address(x), self.address(y)
+            p[m.OFFSETS], p[m.X], p[m.Y] = self.address(offsets_at), 0 if fed else self.address(x), self.address(y)
             p[m.ROWS_OF_X] = 0 if gather is None else self.address(gather)
             p[m.XQ], p[m.LDX] = a + matmul.HEAD if copied else self.address(x), ldx
             p[m.SX], p[m.START], p[m.PANEL], p[m.PANEL_STRIDE] = a + at_sx, a + at_start, a + at_panel, panel_stride
 
         self.kept.append(tiles)
-        places = [p for p in (x, y, scratch, offsets, gather) if p is not None]
-        if prepare:
-            self.touch(*places)
+        if fed:
+            stride = -(-4 * tiles.n // 64) * 64 + 64
+            self.touch(scratch)
+            zero = simd.zero_point(simd.way(), tiles.bits)
+            self.op(x.job(zero), [*x.words, self.bytes("row", stride * self.parts), stride, self.plan_address(row)])
+        elif prepare:
+            self.touch(x, scratch, gather, offsets)
             self.ops.append(Op(prepare, matmul.QUANTIZE_SHARED, write, row))
-        self.touch(*places)
+        # rounded inputs lie in the scratch: x is not needed any more
+        self.touch(*([] if integer else [x, gather]), y, scratch, offsets)
         self.ops.append(Op(compute, enough, write, row))
         return row
 

@@ -36,7 +36,8 @@ from numba import carray, types
 
 from edgelab.kernels import micro, simd
 from edgelab.kernels._jit import exact, job
-from edgelab.kernels.matmul import SLOTS, _even
+from edgelab.kernels.matmul import GROUP, GROUP_UNITS, GROUPS, LDX, SLOTS, START, SX, XQ, _even
+from edgelab.kernels.pack import UNIT
 from edgelab.kernels.pool import each
 from edgelab.kernels.router import LANES, _combine_kernel, _deepseek_v3_kernel, _dispatch_kernel, _softmax_kernel
 from edgelab.kernels.simd import F32, I16, I64, POINTER, Vectors, call, emitted, peek, pointer, poke
@@ -297,7 +298,16 @@ def _of_half(v: Vectors, x, y) -> None:
 
 
 _emit_norm, _emit_add, _emit_glu, _emit_softmax = (emitted(f) for f in (_rms_norm, _add, _swiglu, _softmax))
+_emit_quantize = emitted(micro.quantize)
 _emit_half, _emit_narrow = emitted(_of_half), emitted(_narrow)
+
+
+@exact
+def _round(x, t, rows, plan, zero):
+    """Row t of a product's inputs, float32 at address x, as the product reads it; `plan`: the product's."""
+    p = _i64(plan)
+    padded = p[GROUP_UNITS] * UNIT
+    _emit_quantize(x, p[XQ] + t * p[LDX], p[SX] + 4 * t, p[START] + 4 * t, rows, p[GROUPS], p[GROUP], padded, zero)
 
 
 # -------------------------------------------------------------------------------------------------------------------- jobs
@@ -393,6 +403,40 @@ def glu_job() -> int:
             _emit_glu(p[1] + t * p[3], p[2] + t * p[3], p[5] + 4 * t * p[4], p[4])
 
     return job(glu).address
+
+
+@cache
+def glu_quantize_job(zero: int) -> int:
+    """silu(gate) * up of each row, rounded at once for the product that reads it: what `glu_job` would write is never stored.
+
+    Words: 1 gate, 2 up, 3 bytes between their rows, 4 n, 5 address of the number of rows, 6 a row of floats for each part, 7 bytes of it,
+    8 the product's plan.
+    """
+
+    def glu_quantize(p, part, parts):
+        rows, row = peek(p[5]), p[6] + part * p[7]
+        for t in range(rows * part // parts, rows * (part + 1) // parts):
+            _emit_glu(p[1] + t * p[3], p[2] + t * p[3], row, p[4])
+            _round(row, t, rows, p[8], zero)
+
+    return job(glu_quantize, variant=zero).address
+
+
+@cache
+def norm_quantize_job(zero: int) -> int:
+    """Rows normed and rounded at once for the product that reads them.
+
+    Words: 1 x, 2 bytes between its rows, 3 gain, 4 address of eps, 5 n, 6 address of the number of rows, 7 a row of floats for each part,
+    8 bytes of it, 9 the product's plan.
+    """
+
+    def norm_quantize(p, part, parts):
+        rows, row = peek(p[6]), p[7] + part * p[8]
+        for t in range(rows * part // parts, rows * (part + 1) // parts):
+            _emit_norm(p[1] + t * p[2], p[3], p[4], row, p[5])
+            _round(row, t, rows, p[9], zero)
+
+    return job(norm_quantize, variant=zero).address
 
 
 @cache
