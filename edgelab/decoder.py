@@ -160,7 +160,7 @@ class _Assembler:
             return found.packed, _halves(found.scales, scheme, name).view(np.int16)
 
         levels = None if scheme.affine else scheme.table
-        return self.store.tiles(name, parts, scheme.bits, group, shape[-1], levels)
+        return self.store.tiles(name, parts, scheme.bits, group, shape, levels)
 
     # ------------------------------------------------------------------------------------------------------------- pieces
     def product(

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelab.kernels.pack import VECTOR, Tiles, tile
+from edgelab.kernels.pack import ROWS, UNIT, VECTOR, Tiles, tile
 
 FORMAT = "edgelab tiles 1"
+KEPT_BYTES = 8 * 2**30  # of the user's cache: when a file is added, those opened longest ago go until no more is left
 
 
 def cache_folder() -> Path:
@@ -47,11 +48,26 @@ class TileStore:
         return self._bytes is not None and not self._made
 
     def tiles(
-        self, name: str, parts: Callable[[], tuple[np.ndarray, np.ndarray]], bits: int, group_size: int, n: int, levels: np.ndarray | None
+        self,
+        name: str,
+        parts: Callable[[], tuple[np.ndarray, np.ndarray]],
+        bits: int,
+        group_size: int,
+        shape: tuple[int, ...],
+        levels: np.ndarray | None,
     ) -> Tiles:
-        """The weight `name`. `parts` returns (packed, scales) as `pack.tile` takes them and is called only where they are wanted."""
-        if name in self._index:
-            (codes_at, codes_shape), (scales_at, scales_shape), out, group = self._index[name]
+        """The weight `name` of `shape` [out, n] or [experts, out, n].
+
+        `parts` returns (packed, scales) as `pack.tile` takes them and is called only where they are wanted. What the file holds is taken
+        if its shapes are those of such a weight: the kernels trust them.
+        """
+        experts, out, n = (1, *shape)[-3:]
+        group = group_size or n
+        tall, groups = -(-out // ROWS), n // group
+        expected = [experts, tall, groups * -(-group // UNIT), bits, VECTOR], [experts, tall, groups, ROWS], out, group
+        entry = self._index.get(name)
+        if entry is not None and (entry[0][1], entry[1][1], entry[2], entry[3]) == expected:
+            (codes_at, codes_shape), (scales_at, scales_shape), *_ = entry
             codes = self._view(codes_at, codes_shape, np.uint8)
             scales = self._view(scales_at, scales_shape, np.int16)
             table = np.zeros(16, np.float32)
@@ -98,9 +114,22 @@ class TileStore:
                     f.write(np.ascontiguousarray(array).data)
                 f.write(b"\0" * (8 + len(header) + at - f.tell()))
             temporary.replace(self.file)
+            if self.file.parent == cache_folder():
+                _forget(self.file)
         except OSError:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _forget(newest: Path) -> None:
+    """Remove the files of the cache that were opened longest ago, but for the newest. Who has one mapped can read on."""
+    files = sorted((f for f in newest.parent.glob("*.safetensors") if f != newest), key=lambda f: f.stat().st_mtime)
+    total = newest.stat().st_size + sum(f.stat().st_size for f in files)
+    for f in files:
+        if total <= KEPT_BYTES:
+            return
+        total -= f.stat().st_size
+        f.unlink(missing_ok=True)
 
 
 def _open(file: Path, key: str) -> tuple[dict, np.ndarray | None]:
@@ -116,6 +145,8 @@ def _open(file: Path, key: str) -> tuple[dict, np.ndarray | None]:
             return {}, None
         index = json.loads(meta["index"])
         mapped = np.memmap(file, np.uint8, "r", 8 + length, (end,))
+        with suppress(OSError):
+            os.utime(file)  # opened now: see `_forget`
         for codes, scales, *_ in index.values():
             for (at, shape), size in ((codes, 1), (scales, 2)):
                 if at < 0 or at % VECTOR or at + int(np.prod(shape)) * size > end:

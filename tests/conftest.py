@@ -1,7 +1,10 @@
 """What holds for every test: no network, no progress noise, no surprise from the caller's environment."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 
 # Before any library reads them. The proxies lead nowhere: a child process that tries the network fails there too.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +14,8 @@ for _name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PRO
     os.environ[_name] = "http://127.0.0.1:9"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
 os.environ.pop("EDGELAB_DATA", None)
+os.environ["EDGELAB_CACHE"] = tempfile.mkdtemp(prefix="edgelab-tests-")  # not the user's
+atexit.register(shutil.rmtree, os.environ["EDGELAB_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402 (the environment comes first)
 

@@ -289,9 +289,10 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     from edgelab import layers, set_threads
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example, methods, structure, kernels = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    example, methods, structure, device, kernels = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert "max_docs=8" in example
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGELAB_CACHE", str(tmp_path / "cache"))
     names: dict = {}
     exec(compile(example.replace("max_docs=8", "max_docs=2"), "README.md", "exec"), names)
     assert names["small"].coverage.expert_share == 1.0
@@ -304,6 +305,8 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     exec(compile(structure.replace("steps=100", "steps=2").replace("200_000", "4_000"), "README.md", "exec"), names)
     assert names["smaller"].coverage.expert_share == 1.0
     assert edgelab.Recipe.from_json((tmp_path / "mine.json").read_text()) == names["smaller"].recipe
+    exec(compile(device, "README.md", "exec"), names)
+    assert len(names["answer"].tokens) == 16 and names["runtime"].plan.mapped_bytes > 0 and list((tmp_path / "cache" / "tiles").iterdir())
     before = layers.set_kernel("numba")
     try:
         exec(compile(kernels, "README.md", "exec"), names)

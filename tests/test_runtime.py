@@ -11,7 +11,7 @@ import torch
 from small_models import SMALL, deepseek, qwen3, qwen3_moe, tiny
 from transformers import DeepseekV3Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
-from edgelab import Recipe, compress, load, save_bundle
+from edgelab import Recipe, compress, load, save_bundle, tile_store
 from edgelab.kernels import simd
 from edgelab.kernels.pack import aligned
 from edgelab.layers import set_kernel
@@ -244,9 +244,9 @@ def test_tiles_are_written_once_mapped_after_and_never_trusted_blindly(bundles, 
     assert memory.plan.mapped_bytes == 0 and not file.exists()
     first = Runtime.open(bundles / "edge-moe", context=32, tiles=file)
     assert first.plan.mapped_bytes > 0.8 * memory.plan.weight_bytes  # from the file already: RAM need not keep a copy
-    written = file.stat().st_mtime_ns
+    written = file.stat().st_ino
     again = Runtime.open(bundles / "edge-moe", context=32, tiles=file)
-    assert file.stat().st_mtime_ns == written and again.plan.mapped_bytes == first.plan.mapped_bytes
+    assert file.stat().st_ino == written and again.plan.mapped_bytes == first.plan.mapped_bytes
     expected = memory.logits(ids)
     assert np.array_equal(first.logits(ids), expected) and np.array_equal(again.logits(ids), expected)
     from safetensors import safe_open
@@ -254,7 +254,9 @@ def test_tiles_are_written_once_mapped_after_and_never_trusted_blindly(bundles, 
     with safe_open(file, "np") as f:  # a safetensors file like any other
         assert f.keys() == ["tiles"]
     raw = file.read_bytes()
-    for damage in (raw[:-100], b"", b"\xff" * 64, raw.replace(b'"key": "', b'"key": "x', 1)):
+    wrong_shape = raw.replace(b"[1, 128, 8, 4, 64]", b"[1, 999, 8, 4, 64]", 1)  # tiles that are not this weight's
+    assert wrong_shape != raw
+    for damage in (raw[:-100], b"", b"\xff" * 64, raw.replace(b'"key": "', b'"key": "x', 1), wrong_shape):
         file.write_bytes(damage)
         assert np.array_equal(Runtime.open(bundles / "edge-moe", context=32, tiles=file).logits(ids), expected)
         assert file.read_bytes() == raw  # and it was laid out anew
@@ -267,6 +269,18 @@ def test_another_model_has_other_tiles(bundles, tmp_path):
     assert not store.found
     dense = Runtime.open(bundles / "edge-dense", context=32, tiles=file)
     assert np.array_equal(dense.logits([3, 4]), Runtime.open(bundles / "edge-dense", context=32, tiles=None).logits([3, 4]))
+
+
+def test_the_cache_forgets_what_was_opened_longest_ago(bundles, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELAB_CACHE", str(tmp_path))
+    Runtime.open(bundles / "edge-moe", context=32)
+    (first,) = (tmp_path / "tiles").iterdir()
+    monkeypatch.setattr(tile_store, "KEPT_BYTES", first.stat().st_size + 1)
+    open_still = Runtime.open(bundles / "edge-moe", context=32)
+    expected = open_still.logits([3, 4])
+    Runtime.open(bundles / "edge-dense", context=32)
+    (second,) = (tmp_path / "tiles").iterdir()
+    assert second.name != first.name and np.array_equal(open_still.logits([3, 4]), expected)
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(bundles, tmp_path):
