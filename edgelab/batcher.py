@@ -35,6 +35,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgelab.monitor import Monitor
+from edgelab.sampling import confidence, greedy
 
 
 class Engine(Protocol):
@@ -53,14 +54,6 @@ class QueueFull(RuntimeError):
 
 class Closed(RuntimeError):
     """The batcher takes no more requests."""
-
-
-def greedy(logits: np.ndarray) -> int:
-    """The index of the largest of `logits` [vocab]. Raises ValueError where one is NaN: there is no largest then."""
-    best = int(np.argmax(logits))
-    if not np.isfinite(logits[best]):
-        raise ValueError(f"the largest logit is {logits[best]}: the model gave no usable numbers for this request")
-    return best
 
 
 class Ticket:
@@ -353,13 +346,13 @@ class Batcher:
         ticket = self._rows[slot]
         try:
             token = int(ticket._sample(logits))
-            confidence = _confidence(logits, token) if self.monitor is not None else math.nan
+            p = confidence(logits, token) if self.monitor is not None else math.nan
         except Exception as error:
             self._leave(slot, error, "failed")
             return
         now = self._clock()
         ticket._seconds.append(now - ticket._at)
-        ticket._confidences.append(confidence)
+        ticket._confidences.append(p)
         ticket._at = now
         if token in ticket.stop:
             self._leave(slot, None, "finished")
@@ -413,9 +406,3 @@ class Batcher:
                 self._rows.clear()
             for t in tickets:
                 t._end(error)
-
-
-def _confidence(logits: np.ndarray, token: int) -> float:
-    """softmax(logits)[token]."""
-    p = np.exp(logits - np.max(logits))
-    return float(p[token] / p.sum())

@@ -3,6 +3,14 @@
 import numpy as np
 
 
+def greedy(logits: np.ndarray) -> int:
+    """The index of the largest of `logits` [vocab]. Raises ValueError where one is NaN: there is no largest then."""
+    best = int(np.argmax(logits))
+    if not np.isfinite(logits[best]):
+        raise ValueError(f"the largest logit is {logits[best]}: the model gave no usable numbers for this request")
+    return best
+
+
 class Sampler:
     """Chooses a token from logits: the largest at temperature 0, else drawn from softmax(logits / temperature).
 
@@ -26,7 +34,7 @@ class Sampler:
     def __call__(self, logits: np.ndarray) -> int:
         """The number of the chosen token, for logits [vocabulary]."""
         if self.temperature == 0:
-            return int(logits.argmax())
+            return greedy(logits)
         p = probabilities(logits, self.temperature)
         order = np.argsort(-p, kind="stable")
         mass = np.cumsum(p[order])
@@ -47,4 +55,5 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 def confidence(logits: np.ndarray, token: int) -> float:
     """softmax(logits)[token]."""
-    return float(1 / np.exp(logits - logits[token]).sum())
+    p = np.exp(logits - np.max(logits))
+    return float(p[token] / p.sum())

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelab.batcher import Batcher, Closed, QueueFull, greedy
+from edgelab.batcher import Batcher, Closed, QueueFull
 from edgelab.monitor import Monitor
+from edgelab.sampling import greedy
 
 VOCAB, BAD_PROMPT, POISON = 97, 90, 91  # a prompt with 90 can't be read; a step with token 91 raises
 
