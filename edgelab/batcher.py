@@ -187,6 +187,8 @@ class Batcher:
         self._free = list(range(most))[::-1]
         for slot in self._free:  # whatever ran in them before
             engine.release(slot)
+        if hasattr(engine, "held_by"):  # a runtime then refuses to generate on the side
+            engine.held_by = "a Batcher"
         self._lock = threading.Condition()
         self._closing, self._broken, self._news = False, None, 0
         self._count: Counter[str] = Counter()
@@ -246,6 +248,8 @@ class Batcher:
             self._thread.join(timeout)
             if self._thread.is_alive():
                 raise TimeoutError(f"after {timeout:g} s requests are still running; close(cancel=True) ends them")
+        if hasattr(self.engine, "held_by"):
+            self.engine.held_by = ""
 
     def _wake(self) -> None:
         with self._lock:

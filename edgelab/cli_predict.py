@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgelab.console import CheckFailedError, guarded, out_console, print_table
-from edgelab.device import CLASSES, DeviceProfile, Prediction, device, discrepancies, plain, predict
+from edgelab.device import CLASSES, LINES, DeviceProfile, Prediction, device, discrepancies, plain, predict
 from edgelab.device import devices as known_devices
 from edgelab.scheme import QuantScheme
 from edgelab.shape import FAMILIES, ModelShape, from_config, from_folder
@@ -67,25 +67,48 @@ def _summary(p: DeviceProfile) -> dict[str, str]:
 
 
 def _errors(as_json: bool) -> None:
-    from edgelab.efficiency import efficiency_table, leave_one_device_out, prefill_validation, validation
+    from edgelab import efficiency as eff
 
-    held, fit, out = validation(), validation(split="fit"), leave_one_device_out()
+    held, fit, out = eff.validation(), eff.validation(split="fit"), eff.leave_one_device_out()
     if as_json:
         content = {
-            "efficiencies": efficiency_table(),
+            "efficiencies": eff.efficiency_table(),
             "held_out": held.table(),
             "median_error": held.median_error,
-            "prompts": prefill_validation(),
+            "by_class": held.class_table(),
+            "coverage": eff.coverage(),
+            "prompts": eff.prefill_validation(),
+            "energy": eff.energy_validation(),
         }
         out_console.print_json(json.dumps(content))
         return
-    print_table(efficiency_table(), "Efficiencies, fitted on published measurements")
+    print_table(eff.efficiency_table(), "Efficiencies, fitted on published measurements")
+    print_table(held.class_table(), "Held-out devices, class by class", right=("rows", "devices", "median error"))
+    rows, sources = _numbered(held.table())
     print_table(
-        held.table(), "Devices that were held out: measured by others, predicted here", right=("bits", "measured", "predicted", "error")
+        rows, "Devices that were held out: measured by others, predicted here", right=("bits", "measured", "predicted", "error", "source")
     )
-    print_table(prefill_validation(), "Prompts on held-out devices", right=("prompt", "measured", "predicted", "error"))
+    for number, source in enumerate(sources, 1):
+        out_console.print(f"[{number}] {source}", markup=False, soft_wrap=True)
+    out_console.print()
+    print_table(eff.prefill_validation(), "Prompts on held-out devices", right=("prompt", "measured", "predicted", "error"))
+    print_table(
+        eff.coverage(),
+        "What the brackets hold of devices that neither the fit nor the brackets had seen",
+        right=("rows", "devices", "rows inside", "devices counted once", "nominal"),
+    )
+    print_table(eff.energy_validation(), "Energy per token, measured by others", right=("bits", "measured W", "measured J", "times off"))
     for v in (held, fit, out):
         out_console.print(v.say(), markup=False, soft_wrap=True)
+    whole = eff.validation(eff.whole_device(eff.published()))
+    out_console.print(f"Without rows of fewer threads than the device has cores: {whole.say()}", markup=False, soft_wrap=True)
+    out_console.print(eff.say_energy(), markup=False, soft_wrap=True)
+
+
+def _numbered(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows with the number of their source in its place, and the sources."""
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    return [row | {"source": f"[{1 + sources.index(row['source'])}]"} for row in rows], sources
 
 
 @app.command("predict")
@@ -121,10 +144,23 @@ def predict_command(
         out_console.print(
             "* rests on an assumed number; empty: a number is missing (`--device NAME` says which).", markup=False, soft_wrap=True
         )
+        for warning, where in _warned(found).items():
+            on_which = "" if len(where) == len(found) else f" ({', '.join(where)})"
+            out_console.print(f"warning: {warning}{on_which}", markup=False, soft_wrap=True)
     out_console.print(
-        "The brackets hold four of five published measurements on devices that were held out of the fit (`edgelab devices --errors`).",
+        "The brackets are where four of five published speeds should fall. Of devices that they had not seen they held 76 %. "
+        "Energy is an order of magnitude: it may be off by a factor of two or three (`edgelab devices --errors`).",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _warned(found: list[Prediction]) -> dict[str, list[str]]:
+    """{warning: devices}."""
+    by: dict[str, list[str]] = {}
+    for p in found:
+        for warning in p.warnings:
+            by.setdefault(warning, []).append(p.device)
+    return by
 
 
 def shape_of(model: str, scheme: str | None) -> ModelShape:
@@ -145,15 +181,15 @@ def _line(p: Prediction) -> dict[str, str]:
     def short(e) -> str:
         return "" if e is None else plain(e.value) + ("*" if e.assumed else "")
 
-    decode = short(p.decode)
-    if p.decode is not None and p.decode.low is not None:
-        decode += f" [{plain(p.decode.low)}, {plain(p.decode.high)}]"
+    def banded(e) -> str:
+        return short(e) + ("" if e is None or e.low is None else f" [{plain(e.low)}, {plain(e.high)}]")
+
     return {
         "device": p.device,
-        "decode, tokens/s": decode or ("does not fit" if p.fits is False else "unknown"),
-        "prompt, tokens/s": short(p.prefill),
+        "decode, tokens/s": banded(p.decode) or ("does not fit" if p.fits is False else "unknown"),
+        "prompt, tokens/s": banded(p.prefill),
         "first token, s": short(p.first_token),
-        "load, s": short(p.load),
+        "load, s": short(p.shown["load"]),
         "memory, MB": f"{p.memory.total / 1e6:,.0f}",
         "J/token": short(p.energy),
         "%/h": short(p.battery),
@@ -168,11 +204,11 @@ def _plain(p: Prediction) -> dict:
             return None
         return {"value": e.value, "low": e.low, "high": e.high, "unit": e.unit, "provenance": e.provenance, "rests_on": list(e.rests_on)}
 
-    names = ("decode", "prefill", "first_token", "load", "energy", "battery", "steady", "flash_bytes")
     return {
         "device": p.device, "model": p.model, "engine": p.engine, "context": p.context, "prompt": p.prompt, "fits": p.fits,
         "memory_bytes": p.memory.total, "binds": p.binds, "hit_rate": p.hit_rate, "missing": dict(p.missing),
-        **{name: numbers(getattr(p, name)) for name in names},
+        "warnings": list(p.warnings),
+        **{name: numbers(p.shown[name]) for name in LINES},
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the draws: the same seed, the same answer.")] = None,
     context: Annotated[int, typer.Option("--context", help="Positions in all; 0: the model's, 4096 at most.", min=0)] = 0,
     experts: Annotated[int, typer.Option("--experts", help="Experts per token; 0: the model's number.", min=0)] = 0,
+    remember: Annotated[bool, typer.Option("--remember/--forget", help="Whether a line's answer knows the lines before it.")] = True,
     exact: Annotated[bool, typer.Option("--exact", help="float32 inputs and cache: transformers' numbers, slower.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what was measured, and where the memory is.")] = False,
@@ -37,9 +38,13 @@ def run(
     from edgelab.governor import PHONE, Governed, Governor
     from edgelab.monitor import Monitor
     from edgelab.runtime import Runtime
+    from edgelab.sampling import Sampler
 
     if not Path(bundle).is_dir():
         raise ValueError(f"{bundle!r} is no folder; give a bundle (`edgelab compress MODEL --out OUT` makes one, also of a hub name)")
+    Sampler(temperature, top_p, seed)  # says what is wrong before anything is opened
+    if prompt == "":
+        raise ValueError("the prompt is empty: give at least one character")
     local_only(bundle)
     tokenizer = tokenizer_of(bundle)
     if tokenizer is None:
@@ -57,12 +62,22 @@ def run(
         engine = Governed(runtime, Governor(PHONE)) if govern else runtime
         if served is not None:
             err_console.print(f"metrics: {served}", markup=False)
+        said: list[dict[str, str]] = []
         for message in _messages(prompt):
-            ids = _ids(tokenizer, message, raw)
-            stream = engine.stream(ids, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
-            for piece in pieces(tokenizer, _watched(stream, runtime, monitor, len(ids))):
-                print(piece, end="", flush=True)
-            print(flush=True)
+            try:
+                ids = _ids(tokenizer, said if remember else [], message, raw, runtime.context, max_new)
+                stream = engine.stream(ids, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
+                answer = ""
+                for piece in pieces(tokenizer, _watched(stream, runtime, monitor, len(ids))):
+                    answer += piece
+                    print(piece, end="", flush=True)
+                print(flush=True)
+            except ValueError as error:
+                if prompt is not None:
+                    raise
+                err_console.print(f"Error: {error}", markup=False, style="bold red", soft_wrap=True)  # the next line may be better
+                continue
+            said += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
             if govern:
                 err_console.print(f"{engine.decision.setting}: {engine.decision.reason}", markup=False)
     finally:
@@ -94,25 +109,34 @@ def _two(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def pieces(tokenizer, tokens) -> Iterator[str]:
-    """The text of tokens as it grows, in pieces that are whole characters."""
-    held: list[int] = []
-    shown = ""
+    """The text of tokens as it grows, in pieces that are whole characters.
+
+    A tokenizer may write a token differently at the beginning of a text (without its space, say), so new tokens are decoded behind some old
+    ones, and what these alone give is cut off.
+    """
+    held: list[int] = []  # old tokens, then those not shown yet
+    shown = 0  # how many are old
     for token in tokens:
         held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=True)
-        if text.endswith("\ufffd"):  # the first bytes of a character
-            continue
-        yield text[len(shown) :]
-        shown = text
-        if len(held) > 64 and text.endswith("\n"):  # long answers are not decoded from their beginning each time
-            held, shown = [], ""
-    if held and (rest := tokenizer.decode(held, skip_special_tokens=True)[len(shown) :]):
-        yield rest
+        before, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (held[:shown], held))
+        if not text.endswith("\ufffd") and len(text) > len(before):  # else the first bytes of a character, or nothing to see
+            yield text[len(before) :]
+            held, shown = held[shown:], len(held) - shown
+    before, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (held[:shown], held))
+    if text[len(before) :]:
+        yield text[len(before) :]
 
 
 def _messages(prompt: str | None) -> Iterator[str]:
-    if prompt is not None:
-        yield sys.stdin.read() if prompt == "-" else prompt
+    if prompt not in (None, "-"):
+        yield prompt
+        return
+    if sys.stdin is None:  # closed by the caller
+        return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    if prompt == "-":
+        yield sys.stdin.read()
         return
     while True:
         if sys.stdin.isatty():
@@ -124,13 +148,17 @@ def _messages(prompt: str | None) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _ids(tokenizer, message: str, raw: bool) -> list[int]:
-    if not message:
-        raise ValueError("the prompt is empty: give at least one character")
-    if not raw and getattr(tokenizer, "chat_template", None):
-        found = tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True)
-        return list(found["input_ids"] if hasattr(found, "keys") else found)
-    return tokenizer(message)["input_ids"]
+def _ids(tokenizer, said: list[dict[str, str]], message: str, raw: bool, context: int, max_new: int) -> list[int]:
+    """Tokens of the conversation with its new message; the oldest exchanges are left out where it would not fit with an answer."""
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return tokenizer(message)["input_ids"]
+    while True:
+        every = [*said, {"role": "user", "content": message}]
+        found = tokenizer.apply_chat_template(every, add_generation_prompt=True, tokenize=True)
+        ids = list(found["input_ids"] if hasattr(found, "keys") else found)
+        if not said or len(ids) + min(max_new, context // 4) <= context:
+            return ids
+        said = said[2:]
 
 
 def _context(folder: Path) -> int:

@@ -9,7 +9,7 @@ differently from transformers is refused, with the name of the setting.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,9 @@ from edgelab.memory_plan import MemoryPlan, bound
 from edgelab.mixed_experts import QExpertsMixed
 from edgelab.program import Builder, Feed, Place, Program, Settings
 from edgelab.qtensor import QTensor
-from edgelab.scheme import PerGroup, QuantScheme
+from edgelab.recipe import Route
+from edgelab.runtime_steps import steps_of
+from edgelab.scheme import PerChannel, PerGroup, PerTensor, QuantScheme
 from edgelab.tile_store import TileStore
 
 
@@ -35,15 +37,16 @@ class Family:
     latent: bool = False  # multi-head latent attention
     gate: str | None = None  # how a router chooses: "softmax", "deepseek"; None: there are no experts
     always_normalised: bool = False  # the chosen gates are divided by their sum, whatever the config says
+    always_slides: bool = False  # a sliding_window in the config holds for every layer
 
 
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(),
+    "mistral": Family(always_slides=True),
     "qwen2": Family(),
     "qwen3": Family(),
-    "qwen3_moe": Family(gate="softmax"),
-    "mixtral": Family(gate="softmax", always_normalised=True),
+    "qwen3_moe": Family(gate="softmax", always_slides=True),
+    "mixtral": Family(gate="softmax", always_normalised=True, always_slides=True),
     "deepseek_v3": Family(latent=True, gate="deepseek"),
 }
 # ---------------------------------------------------------------------------------------------------------------- weights
@@ -69,6 +72,11 @@ def _plain(module: Quantized, name: str) -> None:
                 f"{name} rounds its inputs as {act}; the runtime rounds them its own way (int8 per token and group): "
                 "compress without activations, or evaluate this model with edgelab.evaluate"
             )
+
+
+def _by_row(scheme: QuantScheme) -> QuantScheme:
+    """The scheme of rows that were put together: one scale for all becomes one for each."""
+    return replace(scheme, granularity=PerChannel()) if isinstance(scheme.granularity, PerTensor) else scheme
 
 
 def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
@@ -113,7 +121,7 @@ def _joined(qs: list[QTensor]) -> _Later | None:
 
     def make() -> QTensor:
         wide = [np.broadcast_to(q.scales, (q.shape[0], q.scales.shape[1])) for q in qs]
-        return QTensor(np.concatenate([q.packed for q in qs]), np.concatenate(wide), shape, first.scheme, None)
+        return QTensor(np.concatenate([q.packed for q in qs]), np.concatenate(wide), shape, _by_row(first.scheme), None)
 
     return _Later(shape, first.scheme, make)
 
@@ -143,7 +151,6 @@ class _Assembler:
         self.layers = list(model.model.layers)
         self.b = Builder(settings, store, 64 + 40 * len(self.layers) * 4)
         self.hidden = self.config.hidden_size
-        self.eps = self.b.number(self.config.rms_norm_eps)
         self.top_k = np.zeros(1, np.int64)
         self.gates: list[int] = []
         self.indices: list[Place] = []
@@ -194,14 +201,18 @@ class _Assembler:
         b.add(more, y, out, head)
 
     def norm(self, module: nn.Module, x: Place, n: int) -> _Source:
-        b, gain = self.b, self.b.floats_of(module.weight)
+        b, gain, eps = self.b, self.b.floats_of(module.weight), self.eps(module)
 
         def store() -> Place:
             y = b.floats("normed", n)
-            b.op(decode.norm_job(), [x, 4 * n, gain, self.eps, n, y, 4 * n])
+            b.op(decode.norm_job(), [x, 4 * n, gain, eps, n, y, 4 * n])
             return y
 
-        return _Source(Feed(decode.norm_quantize_job, [x, 4 * n, gain, self.eps, n, b.rows_at()]), store)
+        return _Source(Feed(decode.norm_quantize_job, [x, 4 * n, gain, eps, n, b.rows_at()]), store)
+
+    def eps(self, module: nn.Module) -> int:
+        """The address of a norm's own epsilon: not every norm of a model has the config's."""
+        return self.b.number(module.variance_epsilon)
 
     def swiglu(self, gate: Place, up: Place, stride: int, n: int, rows: int, rows_at: int) -> _Source:
         b = self.b
@@ -247,7 +258,13 @@ class _Assembler:
         """(zeros, bytes of a slot, bytes of a head). Memory is taken as positions are filled."""
         size = 2 if self.settings.half else 4
         head = heads and (positions or self.padded) * dim * size
-        cache = np.zeros(self.settings.slots * heads * head + 64, np.uint8)
+        try:
+            cache = np.zeros(self.settings.slots * heads * head + 64, np.uint8)
+        except MemoryError as error:
+            s = self.settings
+            raise ValueError(
+                f"slots={s.slots} of context={s.context}: a layer's cache takes {s.slots * heads * head:,} bytes; ask for fewer or shorter"
+            ) from error
         self.b.kept.append(cache)
         self.cache_bytes += self.settings.slots * heads * head
         return cache, heads * head, head
@@ -284,7 +301,8 @@ class _Assembler:
         keys, values = self.cache_of(kv, dim), self.cache_of(kv, dim)
         self.plain_cache_bytes += self.settings.slots * self.settings.context * kv * dim * 8
         gains = [b.floats_of(getattr(module, n).weight) if hasattr(module, n) else 0 for n in ("q_norm", "k_norm")]
-        words = [q, k, v, ldq, ldk, ldv, heads, kv, dim, dim, half, *gains, self.eps, cos, sin, keys[0].ctypes.data, values[0].ctypes.data]
+        eps = self.eps(module.q_norm) if hasattr(module, "q_norm") else 0
+        words = [q, k, v, ldq, ldk, ldv, heads, kv, dim, dim, half, *gains, eps, cos, sin, keys[0].ctypes.data, values[0].ctypes.data]
         b.op(decode.heads_job(self.settings.half), [*words, keys[1], values[1], keys[2], values[2], 0, dim])
         y = b.floats("attended", heads * dim)
         self.attend(q, ldq, dim, heads // kv, kv, keys, (*values, dim), y, heads * dim, dim, float(module.scaling))
@@ -313,7 +331,7 @@ class _Assembler:
         self.plain_cache_bytes += self.settings.slots * self.settings.context * heads * 4 * (of_head + value_dim)
         queries = b.floats("latent queries", heads * dim)
         gain = b.floats_of(module.kv_a_layernorm.weight)
-        eps = b.number(module.kv_a_layernorm.variance_epsilon)
+        eps = self.eps(module.kv_a_layernorm)
         interleaved = int(getattr(c, "rope_interleave", True))
         words = [q, heads * of_head, heads, plain, half, latent, ld, rank, gain, eps, cos, sin, keys[0].ctypes.data, keys[1]]
         b.op(decode.latent_job(self.settings.half), [*words, interleaved, queries])
@@ -333,7 +351,7 @@ class _Assembler:
             def stack() -> QTensor:
                 cut = [_rows_of(weight, h * (plain + value_dim) + plain, (h + 1) * (plain + value_dim)) for h in range(heads)]
                 scales = np.stack([np.broadcast_to(p.scales, (value_dim, p.scales.shape[1])) for p in cut])
-                return QTensor(np.stack([p.packed for p in cut]), scales, (heads, value_dim, rank), weight.scheme, None)
+                return QTensor(np.stack([p.packed for p in cut]), scales, (heads, value_dim, rank), _by_row(weight.scheme), None)
 
             tiles = self.tiles(f"{name}.kv_b_proj values", stack, weight.scheme, (heads, value_dim, rank))
             turned, by_heads = b.floats("latent sums by head", heads * rank), b.floats("values by head", heads * value_dim)
@@ -479,6 +497,7 @@ class _Assembler:
         body = len(b.ops)
         body_rows, b.rows_of = b.rows_of, []
         self.fill("model.norm")
+        final = self.model.model.norm
         self.fill("lm_head")
         wanted = max(s.slots, 8)
         picked = b.floats("wanted", self.hidden, wanted)
@@ -488,7 +507,7 @@ class _Assembler:
         record, b.record = b.record, self.head_record(b.record)
         b.op(
             decode.norm_job(),
-            [picked, 4 * self.hidden, b.floats_of(self.model.model.norm.weight), self.eps, self.hidden, normed, 4 * self.hidden],
+            [picked, 4 * self.hidden, b.floats_of(final.weight), self.eps(final), self.hidden, normed, 4 * self.hidden],
             0,
         )
         b.record = record
@@ -548,6 +567,9 @@ def _stacks(part: nn.Module, name: str) -> dict[str, QTensor | np.ndarray]:
 def check_model(model: nn.Module, context: int) -> None:
     """Raise ValueError for a model that the runtime would compute differently from transformers."""
     c = model.config
+    for step in steps_of(model):
+        if not isinstance(step, Route) or (step.top_p, step.skip) != (None, None):
+            raise ValueError(f"the model computes by {step}, which the runtime does not know: use transformers, or leave the step out")
     if c.model_type not in FAMILIES:
         raise ValueError(f"model_type={c.model_type!r} is not known to the runtime; it runs {', '.join(FAMILIES)}")
     if getattr(c, "hidden_act", "silu") != "silu":
@@ -556,7 +578,7 @@ def check_model(model: nn.Module, context: int) -> None:
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         raise ValueError(f"rope_type={rope['rope_type']!r} changes with the length; the runtime takes default, linear, llama3 or yarn")
     window = getattr(c, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(c, "layer_types", None) or []) or (c.model_type == "mistral" and window)
+    sliding = FAMILIES[c.model_type].always_slides or "sliding_attention" in (getattr(c, "layer_types", None) or [])
     if sliding and window and window < context:
         raise ValueError(f"sliding_window={window} is shorter than context={context}; open the model with context={window} or less")
     most = getattr(c, "max_position_embeddings", None)

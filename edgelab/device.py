@@ -17,10 +17,14 @@ per layer: a launch on an accelerator; norms, rounding and waiting for threads o
   it reads every expert that any of the tokens takes.
 - A mixture whose experts do not all fit keeps as many per layer as there is room for, and reads the others from flash. The hit rate is
   (kept / experts) if all were equally likely; `expert_cache` measures the real one, which is higher.
-- Energy is power times time: the power is of the whole chip while it decodes, not of the memory traffic.
+- Energy is power times time: the power is of the whole chip while it decodes, not of the memory traffic, and of the engine where
+  somebody measured it (`cpu_tuned_w` beside `cpu_w`). Its band is that of the speed and `POWER_FACTORS` of the power, their logarithms
+  added in squares, as if independent, and at least `ENERGY_FACTOR` either way. Take it as an order of magnitude: it was off by a factor of
+  1.7 to 2.3 from five published energies, power known or not (`efficiency.energy_validation`); expect up to two or three.
 - A throttled device falls from its first rate to `sustained_share` of it with a time constant: r(t) = r0 * (s + (1 - s) exp(-t / T)).
 
-What is left out: other apps, the screen, the tokenizer, sampling, DVFS, and that flash reads may overlap with arithmetic.
+What is left out: other apps, the screen, the tokenizer, sampling, DVFS, and that flash reads may overlap with arithmetic. No published
+row is a mixture or reads from flash, and none has fewer than 490 million weights: a prediction beyond that says so (`warnings`).
 """
 
 import tomllib
@@ -28,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from html import escape
-from math import ceil, exp, inf
+from math import ceil, exp, hypot, inf, log
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -42,13 +46,21 @@ HOW = ("measured", "derived", "vendor", "article", "assumed")
 KINDS = ("phone", "board", "laptop", "server", "host")
 CLASSES = ("cpu", "cpu-tuned", "gpu", "npu")
 CHUNK = 512  # tokens of a prompt that are computed at once; llama.cpp's default, too
+# Factor within which the power of another model or program on the device is taken to lie, by how the profile's number is known. On the
+# cores of an AGX Orin llama.cpp took 15.0 W and T-MAC 10.4 W for the same model (microsoft/T-MAC, README): 1.44. The cap of a power mode
+# and a rule of thumb are no measurements: 2, a judgement.
+POWER_FACTORS: Mapping[str, float] = MappingProxyType({"measured": 1.45, "derived": 1.45, "vendor": 2.0, "article": 2.0, "assumed": 2.0})
+# An energy's band is at least that wide, either way. The bands of speed and power held two of five published energies, which were off by
+# up to 2.3. This was set after they were seen: that all five lie inside now proves nothing.
+ENERGY_FACTOR = 2.5
 FLOAT_WIDTH = 4096  # hidden size that tau of a CPU is stated for: that of a 7B model
 
 UNITS: Mapping[str, str] = MappingProxyType(
     {
         "dram_bytes_per_s": "B/s", "memory_bytes": "B", "usable_bytes": "B", "flash_bytes_per_s": "B/s", "cpu_int8_ops_per_s": "op/s",
         "gpu_int8_ops_per_s": "op/s", "npu_int8_ops_per_s": "op/s", "gpu_fp16_flops": "op/s", "cpu_fp32_flops": "op/s", "idle_w": "W",
-        "cpu_w": "W", "accelerator_w": "W", "battery_wh": "Wh", "sustained_share": "", "throttle_after_s": "s", "throttle_c": "C",
+        "cpu_w": "W", "cpu_tuned_w": "W", "accelerator_w": "W", "battery_wh": "Wh", "sustained_share": "", "throttle_after_s": "s",
+        "throttle_c": "C",
     }
 )  # fmt: skip
 
@@ -100,6 +112,9 @@ def plain(value: float) -> str:
 class DeviceProfile:
     """What is known of one device. Numbers are `Quantity`s or None; `article`: what an article says instead of them.
 
+    `soc`: the chip; devices with the same text are twins, which the fit keeps on one side. `cores`: those that a program would use for
+    all it can get (performance cores where there are two kinds), 0 where no measurement needs it. `cpu_w`: watts of a CPU engine;
+    `cpu_tuned_w`: of one of the class "cpu-tuned", where somebody measured it apart.
     `deploy`: the kind of device in `edgelab.devices` that `edgelab deploy` writes for, "" where none fits.
     """
 
@@ -110,6 +125,7 @@ class DeviceProfile:
     year: int
     deploy: str = ""
     note: str = ""
+    cores: int = 0
     dram_bytes_per_s: Quantity | None = None
     memory_bytes: Quantity | None = None
     usable_bytes: Quantity | None = None
@@ -121,6 +137,7 @@ class DeviceProfile:
     cpu_fp32_flops: Quantity | None = None
     idle_w: Quantity | None = None
     cpu_w: Quantity | None = None
+    cpu_tuned_w: Quantity | None = None
     accelerator_w: Quantity | None = None
     battery_wh: Quantity | None = None
     sustained_share: Quantity | None = None
@@ -143,6 +160,13 @@ class DeviceProfile:
     def peak(self, engine: str) -> tuple[str, Quantity | None]:
         """(field, number) of the operations per second of the unit that an engine class computes on."""
         name = {"gpu": "gpu_fp16_flops", "npu": "npu_int8_ops_per_s"}.get(engine, "cpu_int8_ops_per_s")
+        return name, getattr(self, name)
+
+    def watts(self, engine: str) -> tuple[str, Quantity | None]:
+        """(field, number) of the power while an engine class decodes: its own where it was measured apart."""
+        if engine == "cpu-tuned" and self.cpu_tuned_w is not None:
+            return "cpu_tuned_w", self.cpu_tuned_w
+        name = "cpu_w" if engine.startswith("cpu") else "accelerator_w"
         return name, getattr(self, name)
 
     def table(self) -> list[dict[str, str]]:
@@ -260,7 +284,9 @@ class Efficiency:
 
     `eta`: share of the DRAM's theoretical bandwidth while decoding, 0..1. `tau_s`: seconds per layer (on CPUs at a hidden size of 4096).
     `gamma`: share of the peak operations on a prompt; None where no measurement says. `spread`: the factor within which four of
-    five held-out measurements lay, 1.3 for 30 % either way; None where none was held out. `prefill_spread`: the same of prompts.
+    five measurements lay whose device was left out, 1.3 for 30 % either way; None where none was. `prefill_spread`: the same of prompts.
+    `low`, `high`: the two sides apart, measured over predicted, 0.7 and 1.2 say; where they are None, `spread` either way.
+    `sizes`: the fewest and the most active weights of a model among the rows that were fitted on.
     """
 
     engine: str
@@ -270,12 +296,27 @@ class Efficiency:
     spread: float | None = None
     prefill_spread: float | None = None
     note: str = ""
+    low: float | None = None
+    high: float | None = None
+    prefill_low: float | None = None
+    prefill_high: float | None = None
+    sizes: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in CLASSES:
             raise ValueError(f"engine={self.engine!r} is not one of {', '.join(CLASSES)}")
         if not 0 < self.eta <= 1 or self.tau_s < 0:
             raise ValueError(f"eta={self.eta} must be in 0 .. 1 and tau_s={self.tau_s} not negative")
+
+    @property
+    def factors(self) -> tuple[float, float] | None:
+        """(lowest, highest) measured over predicted speed of decoding, None where nothing tells."""
+        return _factors(self.low, self.high, self.spread)
+
+    @property
+    def prefill_factors(self) -> tuple[float, float] | None:
+        """The same of prompts."""
+        return _factors(self.prefill_low, self.prefill_high, self.prefill_spread)
 
     def overhead_s(self, shape: ModelShape) -> float:
         """Seconds per step that neither bytes nor operations explain."""
@@ -287,9 +328,17 @@ class Efficiency:
         return shape.decode_bytes(context) / (self.eta * dram_bytes_per_s) + self.overhead_s(shape)
 
 
+def _factors(low: float | None, high: float | None, spread: float | None) -> tuple[float, float] | None:
+    if low is not None and high is not None:
+        return low, high
+    return None if spread is None else (1 / spread, spread)
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A modelled value. `low`, `high`: where four of five held-out measurements would put it (None: nothing to tell by).
+    """A modelled value. `low`, `high`: the 10 % and 90 % quantiles of what measurements of left-out devices would make of it (None:
+    nothing to tell by). Of published speeds whose device the band had not seen it held 79 %, 76 % with every device counted once, and 58 %
+    in the class npu (`efficiency.coverage`). Of energies: `ENERGY_FACTOR`.
 
     `rests_on`: the numbers of the device that it was computed from, each with how it is known.
     """
@@ -314,10 +363,27 @@ class Estimate:
         return f"{plain(self.value)}{band}" + (f" {self.unit}" if self.unit else "")
 
 
-def _around(value: float, unit: str, spread: float | None, rests_on: tuple[str, ...]) -> Estimate:
-    if spread is None:
-        return Estimate(value, unit, rests_on=rests_on)
-    return Estimate(value, unit, value / spread, value * spread, rests_on)
+def _around(value: float, unit: str, factors: tuple[float, float] | None, rests_on: tuple[str, ...]) -> Estimate:
+    low, high = (None, None) if factors is None else (value * factors[0], value * factors[1])
+    return Estimate(value, unit, low, high, rests_on)
+
+
+def _inverse(factors: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The factors of a time from those of a speed."""
+    return None if factors is None else (1 / factors[1], 1 / factors[0])
+
+
+def energy_factors(speed: tuple[float, float] | None, power: float, *, least: float = ENERGY_FACTOR) -> tuple[float, float]:
+    """(lowest, highest) of power / speed over its predicted value: logarithms added in squares, as of independent errors.
+
+    At least a factor of `least` either way.
+
+    >>> [round(x, 3) for x in energy_factors((0.5, 1.0), 2.0)]  # speed may be half, not more; power twice or half
+    [0.4, 2.665]
+    """
+    low, high = (1.0, 1.0) if speed is None else speed
+    down, up = (max(hypot(log(side), log(power)), log(least)) for side in (high, low))
+    return exp(-down), exp(up)
 
 
 @dataclass(frozen=True)
@@ -361,6 +427,7 @@ class Prediction:
     """What one model would do on one device. Every `Estimate` is modelled; one that is None has its reason in `missing`.
 
     `binds`: what decoding waits for most: "bandwidth", "compute", "overhead" or "flash". `hit_rate`: share of the experts found in RAM.
+    `warnings`: where nothing that was measured says whether such a prediction holds; its bands then say too little.
     """
 
     device: str
@@ -383,10 +450,16 @@ class Prediction:
     steady: Estimate | None = None
     flash_bytes: Estimate | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
         return self.memory.fits
+
+    @property
+    def shown(self) -> dict[str, Estimate | None]:
+        """{line of `LINES`: estimate} as it is printed: of a model that does not fit, reading it once (`load`) is no load time."""
+        return {name: None if name == "load" and self.fits is False else getattr(self, name) for name in LINES}
 
     def rate_after(self, seconds: float) -> float | None:
         """Tokens per second after so many seconds of decoding, from cold; None where decoding or throttling is not known."""
@@ -399,8 +472,8 @@ class Prediction:
     def report(self) -> Report:
         """Rows of provenance "modelled" for the estimates that there are, the model's name in `model`, the device in `slice`."""
         rows = []
-        for name, words in LINES.items():
-            e = getattr(self, name)
+        for name, e in self.shown.items():
+            words = LINES[name]
             if e is not None:
                 metric = {"decode": "tokens_per_s", "prefill": "prefill_tokens_per_s"}.get(name, words)
                 note = "; ".join(e.rests_on)
@@ -410,16 +483,17 @@ class Prediction:
     def table(self) -> list[dict[str, str]]:
         """One dict of text per line; a line that is not known says why."""
         m, rows = self.memory, []
-        for name, words in LINES.items():
-            e = getattr(self, name)
-            if e is None and name not in self.missing:
+        missing = {"load": self.missing["decode"]} | dict(self.missing) if self.fits is False else self.missing
+        for name, e in self.shown.items():
+            words = LINES[name]
+            if e is None and name not in missing:
                 continue
             rows.append(
                 {
                     "": words,
                     "value": str(e) if e is not None else "unknown",
                     "provenance": "modelled" if e is not None else "",
-                    "rests on": ", ".join(e.rests_on) if e is not None else self.missing[name],
+                    "rests on": ", ".join(e.rests_on) if e is not None else missing[name],
                 }
             )
         fits = {True: "fits", False: "does not fit", None: "unknown whether it fits"}[self.fits]
@@ -431,18 +505,19 @@ class Prediction:
         room = "" if m.usable is None else f" of {engineering(m.usable, 'B')}"
         rows.append({"": "memory", "value": f"{engineering(m.total, 'B')}{room}: {fits}", "provenance": "modelled", "rests on": parts})
         rows.append({"": "decoding waits for", "value": self.binds, "provenance": "modelled", "rests on": self._said()})
-        return rows
+        return rows + [{"": "warning", "value": "", "provenance": "", "rests on": w} for w in self.warnings]
 
     def _said(self) -> str:
         total = sum(self.parts_s.values())
         return ", ".join(f"{k} {1e3 * v:.3g} ms" for k, v in self.parts_s.items() if v) if total < inf else ""
 
     def __repr__(self) -> str:
-        shown = "; ".join(f"{words} {e}" for name, words in LINES.items() if (e := getattr(self, name)) is not None)
+        shown = "; ".join(f"{words} {e}" for name, words in LINES.items() if (e := self.shown[name]) is not None)
         fits = {True: "fits", False: "does not fit", None: "fits or not: unknown"}[self.fits]
         lacks = f"; missing: {', '.join(self.missing)}" if self.missing else ""
         where = f"{self.model!r} on {self.device!r}, {self.engine}, context {self.context}"
-        return f"Prediction({where}: {fits}, {self.binds} binds; {shown}{lacks}; modelled)"
+        warned = f"; warnings: {'; '.join(self.warnings)}" if self.warnings else ""
+        return f"Prediction({where}: {fits}, {self.binds} binds; {shown}{lacks}{warned}; modelled)"
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.model)} on {escape(self.device)}, engine class {escape(self.engine)}, modelled</p>" + _html(self.table())
@@ -528,7 +603,7 @@ class _Roofline:
         first = None
         if prefill is not None:
             seconds = self.prompt / prefill.value
-            first = _around(seconds, "s", self.eff.prefill_spread, prefill.rests_on)
+            first = _around(seconds, "s", _inverse(self.eff.prefill_factors), prefill.rests_on)
         else:
             self.missing["first_token"] = self.missing["prefill"]
         flash = None
@@ -541,8 +616,28 @@ class _Roofline:
             sustained_share=None if p.sustained_share is None else p.sustained_share.value,
             throttle_after_s=None if p.throttle_after_s is None else p.throttle_after_s.value,
             decode=decode, prefill=prefill, first_token=first, load=load, flash_bytes=flash, missing=self.missing,
-            **self.power(decode),
+            warnings=self.warnings(), **self.power(decode),
         )  # fmt: skip
+
+    def warnings(self) -> tuple[str, ...]:
+        """What this prediction asks of the model that no published measurement has checked."""
+        shape, found = self.shape, []
+        if shape.max_context and max(self.context, self.prompt) > shape.max_context:
+            what = f"context={self.context}" if self.context > shape.max_context else f"prompt={self.prompt}"
+            found.append(f"{what} is beyond the model's max_position_embeddings={shape.max_context}: it was not made for so many tokens")
+        if shape.moe_layers:
+            found.append("a mixture of experts: none of the published measurements is of one, so nothing has checked this speed")
+            if not self.memory.whole and self.memory.fits is not False:
+                found.append("experts are read from flash for every token: none of the published measurements does that")
+        if self.eff.sizes is not None:
+            low, high = self.eff.sizes
+            for ratio, than, bound in ((low / shape.active_weights, "fewer", low), (shape.active_weights / high, "more", high)):
+                if ratio > 1.02:  # 2 %: counts of weights differ by that much with what is counted
+                    found.append(
+                        f"{shape.active_weights / 1e6:,.3g} million active weights, {ratio:,.3g} times {than} than in any model that "
+                        f"{self.eff.engine} was fitted on ({bound / 1e6:,.0f} million): extrapolated"
+                    )
+        return tuple(found)
 
     def decode(self) -> tuple[dict[str, float], Estimate | None]:
         p, shape, eff, m = self.p, self.shape, self.eff, self.memory
@@ -569,7 +664,7 @@ class _Roofline:
                 return parts, None
             parts["flash"] = (1 - self.hit_rate) * shape.active_expert_bytes / p.flash_bytes_per_s.value
             names += ["flash_bytes_per_s", "usable_bytes"]
-        return parts, _around(1 / sum(parts.values()), "tokens/s", eff.spread, self.rests(*names))
+        return parts, _around(1 / sum(parts.values()), "tokens/s", eff.factors, self.rests(*names))
 
     def prefill(self, decodes: bool) -> Estimate | None:
         p, shape, eff, n = self.p, self.shape, self.eff, self.prompt
@@ -592,22 +687,24 @@ class _Roofline:
             absent = shape.moe_layers * shape.experts_touched(min(n, CHUNK)) * (1 - self.memory.kept / self.memory.of) * shape.expert_bytes
             flash = chunks * absent / p.flash_bytes_per_s.value
         seconds = max(memory, compute) + chunks * eff.overhead_s(shape) + flash
-        return _around(n / seconds, "tokens/s", eff.prefill_spread, self.rests("dram_bytes_per_s", name))
+        return _around(n / seconds, "tokens/s", eff.prefill_factors, self.rests("dram_bytes_per_s", name))
 
     def power(self, decode: Estimate | None) -> dict[str, Estimate | None]:
         p, eff = self.p, self.eff
         found: dict[str, Estimate | None] = {"energy": None, "battery": None, "steady": None}
-        watts = "cpu_w" if eff.engine.startswith("cpu") else "accelerator_w"
+        watts, power = p.watts(eff.engine)
         if decode is None:
             for line in ("energy", "steady"):
                 self.missing[line] = self.missing["decode"]
         else:
             if self.need("energy", watts):
-                found["energy"] = _around(getattr(p, watts).value / decode.value, "J", eff.spread, (*self.rests(watts), *decode.rests_on))
+                factors = energy_factors(eff.factors, POWER_FACTORS[power.how])
+                found["energy"] = _around(power.value / decode.value, "J", factors, (*self.rests(watts), *decode.rests_on))
             if self.need("steady", "sustained_share"):
                 steady = decode.value * p.sustained_share.value
-                found["steady"] = _around(steady, "tokens/s", eff.spread, (*self.rests("sustained_share"), *decode.rests_on))
+                found["steady"] = _around(steady, "tokens/s", eff.factors, (*self.rests("sustained_share"), *decode.rests_on))
         if p.kind == "phone" and decode is not None and self.need("battery", watts, "battery_wh"):
-            share = 100 * getattr(p, watts).value / p.battery_wh.value
-            found["battery"] = Estimate(share, "% per hour", rests_on=self.rests(watts, "battery_wh"))
+            factor = POWER_FACTORS[power.how]
+            share = 100 * power.value / p.battery_wh.value
+            found["battery"] = _around(share, "% per hour", (1 / factor, factor), self.rests(watts, "battery_wh"))
         return found

@@ -39,7 +39,8 @@ from html import escape
 
 import numpy as np
 import torch
-from safetensors.torch import load as tensors_of
+from safetensors import SafetensorError
+from safetensors.torch import load as _load
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -282,7 +283,7 @@ class Envelope:
         """What the header says. Believe it after `open_`."""
         try:
             d = json.loads(self.header)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second: brackets within brackets
             raise SealError("the header of the message is no JSON: it is damaged, or no message of this format") from error
         if not isinstance(d, dict) or d.get("version") != VERSION:
             version = d.get("version") if isinstance(d, dict) else None
@@ -317,6 +318,14 @@ def seal(session: Session, tensors: Mapping[str, Tensor], **facts) -> Envelope:
     ciphertext = aead(session.send_key).encrypt(_nonce(session.sent), plain, header)
     session.sent += 1  # before it leaves: a nonce is never used twice, even if sending fails
     return Envelope(header, ciphertext)
+
+
+def tensors_of(raw: bytes) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes. Raises `SealError` for other bytes, whoever sent them."""
+    try:
+        return _load(raw)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a type that torch lacks
+        raise SealError(f"{len(raw)} bytes are no tensors in the format of safetensors: {error}") from error
 
 
 def open_(session: Session, envelope: Envelope | bytes) -> dict[str, Tensor]:

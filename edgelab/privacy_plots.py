@@ -59,10 +59,23 @@ def say_federated(report: Report) -> str:
     """The sentence beside the federated study."""
 
     def share(model: str) -> str:
-        return report.get(model=model, metric="exact_match").text(2)
+        row = report.get(model=model, metric="exact_match")
+        return row.text(2) + (" (one seed)" if row.note.startswith("1 seeds") else "")
+
+    def value(model: str) -> float:
+        return report.get(model=model, metric="exact_match").value
+
+    def against(own: str, averaged: str) -> str:
+        """What averaging does to a device's own task: over all kinds, each test command is one device's own."""
+        change = value(averaged) - value(own)
+        return f"costs each device {-change:.2f} of its own task" if change < 0 else f"gives each device {change:.2f} on its own task"
 
     up = report.get(model="federated", metric="bytes up").value
     return (
         f"Whole answers right over all kinds of command: {share('alone')} for a device alone, {share('federated')} federated, "
-        f"{share('pooled')} with all data in one place. A device sends {up / 1000:,.0f} kB a round and none of its examples."
+        f"{share('pooled')} with all data in one place. On its own kind alone a device has {share('alone, own kind')}: averaging "
+        f"{against('alone, own kind', 'federated')}. With A frozen (FFA), whose mean is exact, it has "
+        f"{share('alone, A frozen, own kind')} alone and {share('federated, A frozen')} federated: averaging FFA adapters "
+        f"{against('alone, A frozen, own kind', 'federated, A frozen')}. "
+        f"A device sends {up / 1000:,.0f} kB a round and none of its examples."
     )

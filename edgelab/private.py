@@ -24,8 +24,10 @@ A is integrated by the trapezoid rule, which converges geometrically here, so th
 
 **What epsilon says**: for every output set S and every two data sets that differ by one example, P(S) <= e^epsilon P'(S) + delta. What
 it does not: it is per example, not per person with several; it covers the learning and not settings that were chosen by looking at the same
-data; noise is drawn in floating point from a generator that is not cryptographic, and a known seed undoes it. `seed=None` draws one
-from the operating system; studies that must come out again give one. Weights of the base model are not protected: they never saw the data.
+data; noise is drawn in floating point, whose gaps tell something (Mironov 2012, CCS, "On significance of the least significant bits").
+Noise and samples come from the operating system's generator: torch's takes 32 bits of any seed, which can be tried one by one. A given
+`seed`, for tests and studies that must come out again, undoes the noise: `Learnt` then says so, and epsilon is the mechanism's, not the
+run's. Weights of the base model are not protected: they never saw the data.
 
 `auc` attacks: members have lower losses (Yeom et al. 2018, arXiv 1709.01604, section 3). `auc_bound` is what (epsilon, delta) leaves to
 any attacker (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776, section 2.1). An attack that fails proves nothing; the bound does.
@@ -36,7 +38,6 @@ import json
 import math
 import os
 import random
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -346,9 +347,13 @@ class Learnt:
     delta: float
     clipped: float
     losses: tuple[float, ...]
+    noise_known: bool = False  # a seed was given: who knows it takes the noise off
 
     def __repr__(self) -> str:
-        return f"Learnt(epsilon={self.epsilon:.2f} at delta={self.delta:g}, {self.clipped:.0%} of the gradients clipped)"
+        cost = f"epsilon={self.epsilon:.2f} at delta={self.delta:g}"
+        if self.noise_known:
+            cost = f"not private: the noise is known; with unknown noise {cost}"
+        return f"Learnt({cost}, {self.clipped:.0%} of the gradients clipped)"
 
 
 def clipped_sum(adapters: Adapters, batch: Examples, clip: float, micro: int = 64) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -370,18 +375,41 @@ def clipped_sum(adapters: Adapters, batch: Examples, clip: float, micro: int = 6
     return total, torch.cat(norms) if norms else torch.zeros(0), torch.cat(told) if told else torch.zeros(0)
 
 
+def uniform(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """`n` numbers in [0, 1), float64: of `generator`, or 53 bits each of the operating system's."""
+    if generator is not None:
+        return torch.rand(n, generator=generator).double()
+    return torch.from_numpy((np.frombuffer(os.urandom(8 * n), "<u8") >> 11) * 2.0**-53)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal float32 of `shape`: of `generator`, or of the operating system's random bytes.
+
+    By Box and Muller (1958, Annals of Mathematical Statistics 29, 610): sqrt(-2 log u) cos(2 pi v). Nothing beyond 8.6 is ever drawn,
+    a part of 1e-17.
+    """
+    if generator is not None:
+        return torch.randn(shape, generator=generator)
+    n = math.prod(shape)
+    u, v = uniform(n), uniform(n)
+    return (torch.sqrt(-2 * torch.log1p(-u)) * torch.cos(2 * math.pi * v)).float().view(tuple(shape))
+
+
 def learn(adapters: Adapters, data: Examples, settings: DpSgd, *, seed: int | None = None, progress: bool = True) -> Learnt:
-    """Trains `adapters` in place by DP-SGD. `seed=None`: one from the operating system, which nobody can run again."""
+    """Trains `adapters` in place by DP-SGD. `seed=None`: chance from the operating system, which nobody can run again.
+
+    A `seed` makes the noise known and the run not private; `Learnt.noise_known` says so.
+    """
     rate, cost = settings.rate(len(data)), settings.epsilon(len(data)) if settings.noise else math.inf
-    generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     learnt = adapters.parameters()
     optimizer = torch.optim.Adam(learnt.values(), lr=settings.lr)
     clipped, seen, told = 0, 0, []
     for step in tqdm(range(settings.steps), desc="DP-SGD" if settings.noise else "SGD", unit="step", disable=not progress):
-        rows = (torch.rand(len(data), generator=generator) < rate).nonzero()[:, 0]
+        rows = (uniform(len(data), generator) < rate).nonzero()[:, 0]
         total, norms, each = clipped_sum(adapters, data[rows], settings.clip, settings.micro)
         for name, p in learnt.items():
-            noise = torch.randn(p.shape, generator=generator) * (settings.noise * settings.clip) if settings.noise else 0.0
+            noise = normal(p.shape, generator) * (settings.noise * settings.clip) if settings.noise else 0.0
             p.grad = (total[name] + noise) / settings.batch  # the expected size: the real one is a secret, too
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)
@@ -390,7 +418,7 @@ def learn(adapters: Adapters, data: Examples, settings: DpSgd, *, seed: int | No
         told.append(float(each.mean()) if len(each) else math.nan)
     for p in learnt.values():
         p.grad = None
-    return Learnt(cost, settings.delta, clipped / max(1, seen), tuple(told))
+    return Learnt(cost, settings.delta, clipped / max(1, seen), tuple(told), noise_known=bool(settings.noise) and seed is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------- membership

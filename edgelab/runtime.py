@@ -15,8 +15,10 @@ greedy tokens on the dequantized weights. `kv`: the cache as "float16" or "float
 import hashlib
 import json
 import operator
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -40,6 +42,7 @@ class Generation:
     prompt_tokens: int
     prefill_s: float
     decode_s: float
+    decode_steps: int
     confidences: list[float]
     finish: str
 
@@ -49,8 +52,8 @@ class Generation:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Of the tokens after the first, which the prompt's last position gave."""
-        return (len(self.tokens) - 1) / self.decode_s if self.decode_s and len(self.tokens) > 1 else float("nan")
+        """Of the steps after the prompt, whose last position gave the first token; a token that ended the answer took a step too."""
+        return self.decode_steps / self.decode_s if self.decode_s else float("nan")
 
     def _rows(self) -> list[tuple[str, str]]:
         mean = sum(self.confidences) / len(self.confidences) if self.confidences else float("nan")
@@ -72,21 +75,26 @@ class Generation:
 class Runtime:
     """A model ready to generate. `Runtime(model)` takes a quantized transformers model in memory, `Runtime.open` a folder.
 
-    `context`: positions per sequence; `slots`: sequences at once; `chunk`: rows of a prompt that go through together; `threads`: None for
-    `edgelab.set_threads`' number. `reuse` False gives every buffer memory of its own, to see what planning saves.
+    `context`: positions per sequence (None: the model's, 1,024 at most); `slots`: sequences at once; `chunk`: rows of a prompt that go
+    together; `threads`: None for `edgelab.set_threads`' number. `reuse` False gives every buffer memory of its own, to see what planning
+    saves.
 
     Attributes to read: `plan` (a `MemoryPlan`), `experts`, `vocabulary`, `lengths` (positions filled, per slot). To set between tokens:
     `threads` and `top_k` (experts per token; the model's number or fewer).
 
-    One caller at a time. Raises ValueError for a model that it would compute differently from transformers, with the reason.
+    One caller at a time: a second thread, or a stream whose slot another sequence took meanwhile, gets a RuntimeError. Raises ValueError
+    for a model that it would compute differently from transformers, with the reason. It can't be pickled or copied: it holds addresses.
     """
+
+    def __reduce__(self):
+        raise TypeError("a Runtime can't be pickled or copied, for it holds addresses: open the folder again with Runtime.open")
 
     def __init__(
         self,
         model,
         *,
         threads: int | None = None,
-        context: int = 1024,
+        context: int | None = None,
         slots: int = 1,
         chunk: int = 128,
         activations: str = "int8",
@@ -100,6 +108,8 @@ class Runtime:
         from edgelab.program import Settings
         from edgelab.tile_store import TileStore
 
+        if context is None:
+            context = min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         kv = kv or ("float32" if simd.way() == "portable" else "float16")
         if activations not in ACTIVATIONS:
             raise ValueError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
@@ -120,6 +130,9 @@ class Runtime:
         self.eos = _eos(model)
         self.threads = self._most_threads
         self.lengths = [0] * slots
+        self.held_by = ""  # who has the slots for a time (a batcher): `generate` and `stream` then refuse
+        self._sequences = [0] * slots  # how many began in each slot
+        self._busy = threading.Lock()
         rows = settings.rows
         self._tokens, self._positions, self._slots_of = (np.zeros(rows, np.int64) for _ in range(3))
         self._wanted = np.zeros(rows, np.int64)
@@ -132,23 +145,17 @@ class Runtime:
             p.record[word] = array.ctypes.data
 
     @classmethod
-    def open(cls, folder: str | Path, *, tiles: str | Path | None = "cache", **settings) -> "Runtime":
+    def open(cls, folder: str | Path, *, tiles: str | Path | None = "cache", verify: bool = False, **settings) -> "Runtime":
         """The runtime of a bundle (or a checkpoint that transformers reads), its weights mapped.
 
         `tiles`: "cache" keeps the weights in the kernels' order in the user's cache (`tile_store.cache_folder`) and maps them from
-        there; a path names the file; None lays them out in memory. Other settings as the class takes them. Raises FileNotFoundError or
-        ValueError.
+        there; a path names the file; None lays them out in memory. `verify` reads the whole file first and compares its sums. Other
+        settings as the class takes them. Raises FileNotFoundError or ValueError.
         """
         from edgelab.lazy import LazyBundle
-        from edgelab.runtime_steps import steps_of
         from edgelab.tile_store import TileStore, cache_folder
 
         bundle = LazyBundle(folder)
-        steps = steps_of(bundle.model)
-        if steps:
-            raise ValueError(
-                f"{folder} changes what it computes at run time ({steps[0]}); the runtime knows plain models: use transformers"
-            )
         file, key = None, ""
         if tiles is not None:
             key = _key(bundle)
@@ -163,12 +170,16 @@ class Runtime:
                 bundle.release(name)
 
         store = TileStore(file, key)
+        if verify:
+            store.check()
         runtime = cls(bundle.model, **settings, _store=store, _fill=fill, _release=release)
         if file is not None and not store.found:
             store.save()
             again = TileStore(file, key)
-            if again._bytes is not None:  # from here on the pages of the file, not ours
+            if again.found:  # from here on the pages of the file, not ours
+                runtime = store = None
                 runtime = cls(bundle.model, **settings, _store=again, _fill=fill, _release=release)
+                _give_back()
         runtime._bundle = bundle  # what is mapped stays mapped
         runtime.folder = Path(folder)
         return runtime
@@ -217,14 +228,19 @@ class Runtime:
         Raises ValueError for a slot or a token that does not exist, and where the context is too short, before anything is computed.
         """
         ids = self._checked(slot, ids)
-        self._prompt(slot, ids, progress)
-        return self._head(np.array([(len(ids) - 1) % self.chunk]))[0].copy()
+        with self._alone():
+            self._prompt(slot, ids, progress)
+            return self._head(np.array([(len(ids) - 1) % self.chunk]))[0].copy()
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Logits float32 [len(slots), vocabulary] after one more token for each of the (different) slots.
 
         A view: the next call overwrites it.
         """
+        try:
+            slots, tokens = [operator.index(s) for s in slots], [operator.index(t) for t in tokens]
+        except TypeError:
+            raise ValueError(f"slots {slots!r} and tokens {tokens!r} must be lists of whole numbers") from None
         n = len(slots)
         if n != len(tokens) or not n or len(set(slots)) != n:
             raise ValueError(f"slots {list(slots)} and tokens {list(tokens)} must be as many, at least one, and no slot twice")
@@ -235,20 +251,33 @@ class Runtime:
                 raise ValueError(f"token {token} is outside the vocabulary, 0 .. {self.vocabulary - 1}")
             if self.lengths[slot] >= self.context:
                 raise ValueError(f"slot {slot} is full: {self.context} positions; open the runtime with a longer context")
-        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
-            self._tokens[i], self._slots_of[i], self._positions[i] = token, slot, self.lengths[slot]
-            self.lengths[slot] += 1
-        self._run(n, 1)
-        most = self._program.wanted
-        if n <= most:
-            return self._head(np.arange(n))
-        return np.concatenate([self._head(np.arange(i, min(i + most, n))).copy() for i in range(0, n, most)])
+        with self._alone():
+            for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+                self._tokens[i], self._slots_of[i], self._positions[i] = token, slot, self.lengths[slot]
+            self._run(n, 1)
+            for slot in slots:
+                self.lengths[slot] += 1
+            most = self._program.wanted
+            if n <= most:
+                return self._head(np.arange(n))
+            return np.concatenate([self._head(np.arange(i, min(i + most, n))).copy() for i in range(0, n, most)])
+
+    @contextmanager
+    def _alone(self):
+        """The buffers are one caller's at a time."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("another thread is using this runtime: wait for it, open another, or let a Batcher share it")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot}; this runtime has 0 .. {self.slots - 1}")
         self.lengths[slot] = 0
+        self._sequences[slot] += 1
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits float32 [len(ids), vocabulary] of every position of a text, in slot 0, which is empty afterwards."""
@@ -256,12 +285,13 @@ class Runtime:
         self.release(0)
         found = np.empty((len(ids), self.vocabulary), np.float32)
         most = self._program.wanted
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
-            self._rows(0, part)
-            for i in range(0, len(part), most):
-                rows = np.arange(i, min(i + most, len(part)))
-                found[start + rows] = self._head(rows)
+        with self._alone():
+            for start in range(0, len(ids), self.chunk):
+                part = ids[start : start + self.chunk]
+                self._rows(0, part)
+                for i in range(0, len(part), most):
+                    rows = np.arange(i, min(i + most, len(part)))
+                    found[start + rows] = self._head(rows)
         self.release(0)
         return found
 
@@ -292,8 +322,8 @@ class Runtime:
     def _rows(self, slot: int, ids: np.ndarray) -> None:
         n, at = len(ids), self.lengths[slot]
         self._tokens[:n], self._slots_of[:n], self._positions[:n] = ids, slot, np.arange(at, at + n)
-        self.lengths[slot] = at + n
         self._run(n, n)
+        self.lengths[slot] = at + n
 
     def _run(self, rows: int, run: int) -> None:
         p = self._program
@@ -332,18 +362,25 @@ class Runtime:
         Slot 0 is used, from its beginning. A prompt that fills the context gives one token.
         """
         steps = list(self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)))
-        prefill_s, decode_s = steps[0][2], sum(s[2] for s in steps[1:])
-        tokens = [token for token, _, _, finish in steps if finish != "stop"]
+        kept = [s for s in steps if s[3] != "stop"]
         return Generation(
-            tokens, len(ids), prefill_s, decode_s, [p for _, p, _, finish in steps if finish != "stop"], steps[-1][3] or "length"
+            [s[0] for s in kept], len(ids), steps[0][2], sum(s[2] for s in steps[1:]), len(steps) - 1, [s[1] for s in kept], steps[-1][3]
         )
 
     def stream(self, ids: Sequence[int], max_new: int = 64, *, temperature=0.0, top_p=1.0, stop=None, seed=None) -> Iterator[int]:
-        """The tokens of `generate`, each as soon as it is there; `confidence` then is that token's probability."""
-        for token, chosen, _, finish in self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop)):
-            self.confidence = chosen
-            if finish != "stop":
-                yield token
+        """The tokens of `generate`, each as soon as it is there; `confidence` then is that token's probability.
+
+        What is wrong with the arguments is said at once; the prompt is read when the first token is asked for.
+        """
+        steps = self._steps(ids, max_new, Sampler(temperature, top_p, seed), self._stops(stop))
+
+        def tokens() -> Iterator[int]:
+            for token, chosen, _, finish in steps:
+                self.confidence = chosen
+                if finish != "stop":
+                    yield token
+
+        return tokens()
 
     def _stops(self, stop: Sequence[int] | None) -> frozenset[int]:
         return frozenset(self.eos if stop is None else map(operator.index, stop))
@@ -354,9 +391,14 @@ class Runtime:
         """(token, its probability, seconds, why it is the last or "") one after the other."""
         if operator.index(max_new) < 1:
             raise ValueError(f"max_new={max_new} must be 1 or more")
+        if self.held_by:
+            raise RuntimeError(f"{self.held_by} has this runtime's slots: ask it, or open another runtime")
         self._checked(0, ids, fresh=True)
+        return self._taken(ids, max_new, sampler, stops)
+
+    def _taken(self, ids, max_new: int, sampler: Sampler, stops: frozenset[int]) -> Iterator[tuple[int, float, float, str]]:
         self.release(0)
-        start = time.perf_counter()
+        mine, start = self._sequences[0], time.perf_counter()
         logits = self.admit(0, ids)
         for i in range(max_new):
             token = sampler(logits)
@@ -367,8 +409,20 @@ class Runtime:
             yield token, chosen, now - start, finish
             if finish:
                 return
+            if self._sequences[0] != mine:
+                raise RuntimeError("another sequence began in slot 0 while this one was read: one generation at a time on a runtime")
             start = time.perf_counter()
             logits = self.step((0,), (token,))[0]
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: what was laid out lies in a file now."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def generate(folder: str | Path, ids: Sequence[int], max_new: int = 64, **settings) -> Generation:
@@ -395,9 +449,9 @@ def _eos(model) -> tuple[int, ...]:
 
 
 def _key(bundle) -> str:
-    """What the tiles of a folder depend on: its files' digests where a manifest states them, else their sizes and times."""
+    """What the tiles of a folder depend on: its files with sizes and times, and the digests that a manifest states."""
+    files = {s.file for s in bundle.tensors.values()} | {bundle.path / "config.json"}
+    facts: dict = {str(f.resolve()): (f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ino) for f in files}
     if bundle.manifest is not None:
-        facts = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name.endswith((".safetensors", ".json"))}
-    else:
-        facts = {str(s.file): (s.file.stat().st_size, s.file.stat().st_mtime_ns) for s in bundle.tensors.values()}
+        facts |= {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ class ModelShape:
     `dense_bytes`: read for every token, the head with them. `embedding_bytes`: in memory, one row read per token; 0 where the head
     is the embedding. `expert_bytes`: of one expert of one layer; 0 without experts. `dense_weights`, `expert_weights`: the
     numbers of weights that multiply something, two operations each. `attention_ops`: operations per token and position of the context,
-    all layers. `inner`: the widest activation of a layer.
+    all layers. `inner`: the widest activation of a layer. `max_context`: tokens that the model was made for, 0 where nothing says.
     """
 
     name: str
@@ -58,6 +58,7 @@ class ModelShape:
     expert_weights: int = 0
     embedding_weights: int = 0
     source: str = ""
+    max_context: int = 0
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.dense_bytes <= 0:
@@ -269,6 +270,7 @@ def from_config(
         expert_bytes=sum(_bytes(m, scheme) for m in expert),
         expert_weights=sum(map(prod, expert)),
         embedding_weights=0 if tied else prod(table),
+        max_context=int(c.get("max_position_embeddings") or 0),
         source=f"config, {_said(scheme)}" + ("" if head == scheme else f", head {_said(head)}"),
     )
 

@@ -5,20 +5,27 @@ a second copy in RAM. So a `TileStore` with a file writes what it laid out, and 
 reads headers and plans, pages come when a product first wants them, and the system may drop them again when memory is short.
 
 The file is a safetensors file with one tensor of bytes; its metadata say where each weight's codes and scales lie (at multiples of
-64) and the `key` of what it was made from. A file of another key, or a damaged one, is laid out anew.
+64), their CRC-32, and the `key` of what it was made from. A file of another key, shape or layout is laid out anew. Its bytes are trusted
+as those of the bundle are: a sum over all of them is computed on request (`check`), for it reads them all.
 """
 
+import hashlib
 import json
+import math
 import os
+import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from edgelab.kernels import pack
 from edgelab.kernels.pack import ROWS, UNIT, VECTOR, Tiles, tile
 
-FORMAT = "edgelab tiles 1"
+# another layout, another format
+FORMAT = f"edgelab tiles 1 {hashlib.sha256(Path(pack.__file__).read_bytes()).hexdigest()[:16]}"
 KEPT_BYTES = 8 * 2**30  # of the user's cache: when a file is added, those opened longest ago go until no more is left
 
 
@@ -39,13 +46,17 @@ class TileStore:
     def __init__(self, file: Path | None = None, key: str = "") -> None:
         self.file, self.key = file, key
         self.nbytes = self.mapped_bytes = 0
-        self._made: dict[str, Tiles] = {}
+        self.found = False  # whether everything so far came from the file
+        self._all: dict[str, Tiles] = {}
         self._index, self._bytes = _open(file, key) if file is not None else ({}, None)
+        self.found = self._bytes is not None
 
-    @property
-    def found(self) -> bool:
-        """Whether everything so far came from the file."""
-        return self._bytes is not None and not self._made
+    def check(self) -> None:
+        """Raises ValueError, naming the weight, where the file's bytes are not those that were written."""
+        for name, (codes, scales, _, _, crc) in self._index.items():
+            views = (self._view(*codes, np.uint8), self._view(*scales, np.int16))
+            if _crc(*views) != crc:
+                raise ValueError(f"{self.file} was damaged: the tiles of {name} are not what was written; delete the file")
 
     def tiles(
         self,
@@ -67,9 +78,7 @@ class TileStore:
         expected = [experts, tall, groups * -(-group // UNIT), bits, VECTOR], [experts, tall, groups, ROWS], out, group
         entry = self._index.get(name)
         if entry is not None and (entry[0][1], entry[1][1], entry[2], entry[3]) == expected:
-            (codes_at, codes_shape), (scales_at, scales_shape), *_ = entry
-            codes = self._view(codes_at, codes_shape, np.uint8)
-            scales = self._view(scales_at, scales_shape, np.int16)
+            codes, scales = self._view(*entry[0], np.uint8), self._view(*entry[1], np.int16)
             table = np.zeros(16, np.float32)
             if bits < 8:
                 table[:] = np.tile(
@@ -78,7 +87,9 @@ class TileStore:
             found = Tiles(codes, scales, table, out, n, bits, group, levels is None)
             self.mapped_bytes += found.nbytes
         else:
-            found = self._made[name] = tile(*parts(), bits, group_size, n, levels)
+            self.found = False
+            found = tile(*parts(), bits, group_size, n, levels)
+        self._all[name] = found
         self.nbytes += found.nbytes
         return found
 
@@ -90,35 +101,43 @@ class TileStore:
         return self._bytes[at : at + int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
     def save(self) -> None:
-        """Write what was laid out to `file`, whole or not at all. A folder that cannot be written to, or a full disk: not written."""
-        if self.file is None or not self._made:
+        """Write what was handed out to `file`, whole or not at all. A folder that cannot be written to, or a full disk: not written."""
+        if self.file is None or self.found:
             return
         index, arrays, at = {}, [], 0
-        for name, t in self._made.items():
+        for name, t in self._all.items():
             entry = []
             for array in (t.codes, t.scales):
                 entry.append((at, list(array.shape)))
                 arrays.append((at, array))
                 at += -(-array.nbytes // VECTOR) * VECTOR
-            index[name] = [*entry, t.out, t.group]
+            index[name] = [*entry, t.out, t.group, _crc(t.codes, t.scales)]
         meta = {"format": FORMAT, "key": self.key, "index": json.dumps(index)}
         header = json.dumps({"__metadata__": meta, "tiles": {"dtype": "U8", "shape": [at], "data_offsets": [0, at]}}).encode()
         header += b" " * (-(8 + len(header)) % VECTOR)
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        temporary = None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as f:
+            with tempfile.NamedTemporaryFile(dir=self.file.parent, prefix=".tiles-", delete=False) as f:
+                temporary = f.name
                 f.write(len(header).to_bytes(8, "little") + header)
                 for begin, array in arrays:
                     f.write(b"\0" * (8 + len(header) + begin - f.tell()))
                     f.write(np.ascontiguousarray(array).data)
                 f.write(b"\0" * (8 + len(header) + at - f.tell()))
-            temporary.replace(self.file)
+                f.flush()
+                os.fsync(f.fileno())  # or a power cut may leave a file of the right size, full of zeros
+            os.replace(temporary, self.file)
             if self.file.parent == cache_folder():
                 _forget(self.file)
         except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                with suppress(OSError):
+                    os.unlink(temporary)
+
+
+def _crc(codes: np.ndarray, scales: np.ndarray) -> int:
+    return zlib.crc32(scales.tobytes(), zlib.crc32(np.ascontiguousarray(codes).data))
 
 
 def _forget(newest: Path) -> None:
@@ -147,10 +166,12 @@ def _open(file: Path, key: str) -> tuple[dict, np.ndarray | None]:
         mapped = np.memmap(file, np.uint8, "r", 8 + length, (end,))
         with suppress(OSError):
             os.utime(file)  # opened now: see `_forget`
-        for codes, scales, *_ in index.values():
+        for codes, scales, out, group, crc in index.values():
+            if any(type(number) is not int for number in (out, group, crc, codes[0], scales[0], *codes[1], *scales[1])):
+                return {}, None
             for (at, shape), size in ((codes, 1), (scales, 2)):
-                if at < 0 or at % VECTOR or at + int(np.prod(shape)) * size > end:
+                if at < 0 or at % VECTOR or min(shape) < 0 or at + math.prod(shape) * size > end:
                     return {}, None
         return index, np.asarray(mapped)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return {}, None

@@ -1,5 +1,8 @@
 """`edgelab run`: what a person types, and what comes back."""
 
+import shlex
+import subprocess
+import sys
 import urllib.request
 
 import pytest
@@ -40,8 +43,40 @@ def test_raw_goes_on_where_the_prompt_ends_and_stats_are_shown(bundle):  # noqa:
 
 
 def test_a_conversation_line_by_line_governed(bundle):  # noqa: F811
-    result = runner.invoke(cli.app, ["run", str(bundle), "--max-new", "3", "--govern"], input="one\n\ntwo\n")
+    result = runner.invoke(cli.app, ["run", str(bundle), "--max-new", "3", "--govern"], input="one\n\n" + "long " * 2000 + "\ntwo\n")
+    assert "tokens do not fit" in " ".join(result.output.split())  # of one line; the others are answered
     assert result.exit_code == 0 and result.output.count("threads") >= 2  # what was decided, after each answer
+
+
+def test_a_conversation_is_remembered_or_not(monkeypatch):
+    seen = []
+    from edgelab.runtime import Runtime
+
+    stream = Runtime.stream
+    monkeypatch.setattr(Runtime, "stream", lambda self, ids, *a, **k: seen.append(list(ids)) or stream(self, ids, *a, **k))
+    for how in ("--remember", "--forget"):
+        assert runner.invoke(cli.app, ["run", PHONE, how, "--max-new", "20"], input="play the blues\nstop it\n").exit_code == 0
+    tokenizer = load_tokenizer(PHONE)
+    texts = [tokenizer.decode(ids) for ids in seen]
+    assert texts[0] == texts[2] and "play the blues" in texts[1] and '"call"' in texts[1] and texts[1].endswith("stop it<|call|>")
+    assert "play" not in texts[3]
+
+
+def test_a_long_conversation_forgets_its_beginning():
+    tokenizer = load_tokenizer(PHONE)
+    said = [{"role": r, "content": f"{r} {i} " + "word " * 20} for i in range(10) for r in ("user", "assistant")]
+    ids = cli_run._ids(tokenizer, said, "now", False, 200, 64)
+    text = tokenizer.decode(ids)
+    assert len(ids) + 50 <= 200 and "user 9" in text and "user 0" not in text and text.endswith("now<|call|>")
+
+
+def test_bytes_that_are_no_text_and_a_closed_input(bundle):  # noqa: F811
+    code = "from edgelab.cli import app; app()"
+    arguments = [sys.executable, "-c", code, "run", str(bundle), "--max-new", "2"]
+    done = subprocess.run(arguments, input=b"caf\xe9\n", capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    closed = subprocess.run(f"exec {shlex.join(arguments)} 0<&-", shell=True, capture_output=True)
+    assert closed.returncode == 0 and b"Traceback" not in closed.stderr
 
 
 def test_the_same_seed_draws_the_same(bundle):  # noqa: F811
@@ -72,6 +107,17 @@ def test_pieces_are_whole_characters_and_add_up():
     found = list(cli_run.pieces(tokenizer, ids))
     assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=True)
     assert not any("\ufffd" in piece for piece in found)
+
+
+def test_a_space_behind_a_line_break_is_kept():
+    """A tokenizer that drops the first space of whatever it decodes, as those of Llama and Mistral do."""
+
+    class Dropping:
+        def decode(self, ids, skip_special_tokens=True):
+            return "".join(("\n", " a", " b", "c")[i] for i in ids).removeprefix(" ")
+
+    ids = [1, 0, 1, 2, 3, 0, 2, 1] * 5
+    assert "".join(cli_run.pieces(Dropping(), ids)) == Dropping().decode(ids)
 
 
 def test_metrics_are_served_while_it_runs(bundle, monkeypatch):  # noqa: F811

@@ -211,6 +211,7 @@ def test_errors_of_messages_say_why():
         (changed(first, n=-1), "n=-1 is no counter"),
         (changed(first, version=2), "is of version 2, this is version 1"),
         (Envelope(b"{", first.ciphertext), "no JSON"),
+        (Envelope(b"[" * 60_000, first.ciphertext), "no JSON"),
         (b"PK" + bytes(40), "no sealed message"),
         (first.to_bytes()[:30], "cut short"),
         (b"ELF1" + struct.pack("<I", 2**31) + bytes(64), "its header of 2147483648 is not one"),

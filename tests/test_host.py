@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -207,12 +208,24 @@ def test_no_probe_is_a_model_that_is_predicted():
 # ------------------------------------------------------------------------------------------------------- on this machine
 
 
-@pytest.fixture(scope="module")
-def here() -> Host:
+def calibrated() -> Host:
     """This machine, one thread, with probes that are quick to make."""
     found = hosts.measure_host(threads=[1], seconds=0.02, disk=False)
     slow = ("dense, large", "dense, wide", "floats, wide", "dense, large vocabulary")
     return hosts.calibrate_runtime(found, probes=[p for p in PROBES if p.name not in slow], seconds=0.05)
+
+
+@pytest.fixture(scope="module")
+def here() -> Host:
+    return calibrated()
+
+
+def share_of_a_core(seconds: float = 0.2) -> float:
+    """What one busy thread gets of a processor just now: 1 on an idle machine."""
+    started, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - started < seconds:
+        pass
+    return (time.process_time() - used) / (time.perf_counter() - started)
 
 
 def test_this_machine_is_measured(here):
@@ -228,14 +241,31 @@ def test_this_machine_is_measured(here):
 
 
 def test_our_decoding_is_predicted(here):
-    """The bar is 15 per cent on an idle machine (`edgelab calibrate-host --limit 0.15`); a machine that runs tests is not idle."""
+    """Within 25 per cent in the best of three attempts, each with a calibration just before the measurement: what else runs changes between
+    two of them, and a calibration that was disturbed says nothing of the model. A machine that is measurably busy and is within 50 per cent
+    is skipped; beyond that it fails, busy or not. The bar of the command line is 15 per cent (`calibrate-host --limit 0.15`), all probes.
+    """
     phone = data_dir() / "edge-phone"
-    found = hosts.compare_with_runtime(phone, host=here, seconds=0.3)
-    assert len(found) == 1 and found[0].model == "edge-phone" and abs(found[0].error) < 0.5
-    blank = hosts.predict_host(phone, host=here)
-    assert blank.seconds == pytest.approx(found[0].seconds) and blank.measured_s is None
+    tried, shares = [], []
+    for attempt in range(3):
+        host = calibrated() if attempt else here
+        shares.append(share_of_a_core())
+        (found,) = hosts.compare_with_runtime(phone, host=host, seconds=0.3)
+        assert found.model == "edge-phone" and found.measured_s > 0
+        tried.append(abs(found.error))
+        if tried[-1] <= 0.25:
+            break
+    said = f"off by {', '.join(f'{e:.0%}' for e in tried)}; one thread got {', '.join(f'{x:.0%}' for x in shares)} of a core"
+    if min(tried) > 0.25 and min(tried) <= 0.5 and max(shares) < 0.9:
+        pytest.skip(f"busy machine: {said}")
+    assert min(tried) <= 0.25, said
+
+
+def test_a_larger_model_is_predicted_to_be_slower(here):
+    blank = hosts.predict_host(data_dir() / "edge-phone", host=here)
+    assert blank.measured_s is None and blank.error is None
     larger = hosts.predict_host(data_dir() / "edge-dense", host=here)
-    assert larger.seconds > found[0].seconds  # 13 MB of floats against 1.5 MB of codes
+    assert larger.seconds > blank.seconds  # 13 MB of floats against 1.5 MB of codes
 
 
 def test_probes_in_a_file_of_their_own_sizes():

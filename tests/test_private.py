@@ -254,6 +254,33 @@ def test_plain_learning_learns_private_learning_is_bounded_and_both_come_out_aga
     assert not all(torch.equal(made.state()[n], again.state()[n]) for n in again.state())
 
 
+def test_known_noise_is_called_so():
+    data, s = drawn(24), DpSgd(noise=2.0, batch=12, steps=1)
+    known, unknown = (learn(adapters_of(one_layer_qwen3(), moved=False), data, s, seed=seed, progress=False) for seed in (0, None))
+    assert known.noise_known and "not private: the noise is known" in repr(known)
+    assert not unknown.noise_known and "not private" not in repr(unknown) and unknown.epsilon == known.epsilon
+
+
+def test_noise_of_the_system_is_normal_and_no_generator_of_32_bits(monkeypatch):
+    from scipy import stats
+
+    from edgelab.private import normal, uniform
+
+    torch.manual_seed(0)
+    first = normal((200, 100))
+    torch.manual_seed(0)
+    again = normal((200, 100))
+    assert first.shape == (200, 100) and first.dtype == torch.float32 and not torch.equal(first, again)
+    for x in (first, again):
+        assert stats.kstest(x.flatten().double().numpy(), "norm").pvalue > 1e-6
+    u = uniform(20_000)
+    assert float(u.min()) >= 0 and float(u.max()) < 1 and stats.kstest(u.numpy(), "uniform").pvalue > 1e-6
+    g = torch.Generator()
+    assert torch.equal(normal((3,), g.manual_seed(1)), normal((3,), g.manual_seed(1 + 2**32)))  # why not torch's generator
+    monkeypatch.setattr(private.os, "urandom", lambda n: b"\xff" * n)
+    assert normal((4,)).abs().max() < 8.7 and normal((4,)).isfinite().all() and normal(()).shape == ()
+
+
 @pytest.mark.parametrize("scheme", [None, "int4-g32"])
 def test_put_carries_the_adapters_to_the_model(scheme):
     model = tiny(one_layer_deepseek(), scheme)

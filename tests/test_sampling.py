@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgelab.sampling import Sampler, confidence, probabilities
+from edgelab.sampling import Sampler, confidence, nucleus, probabilities
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
@@ -42,11 +42,21 @@ def test_confidence_is_the_probability():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"), [({"temperature": -1}, "temperature=-1"), ({"top_p": 0}, "top_p=0"), ({"top_p": 1.5}, "1.5")]
+    ("settings", "says"),
+    [({"temperature": -1}, "=-1"), ({"temperature": 1e-310}, "1e-310"), ({"top_p": 0}, "top_p=0"), ({"top_p": 1.5}, "1.5")],
 )
 def test_wrong_settings_are_named(settings, says):
     with pytest.raises(ValueError, match=says):
         Sampler(**settings)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_whole_sort(top_p, spread):
+    p = probabilities(np.random.default_rng(0).standard_normal(20_000) * spread)
+    order = np.argsort(-p, kind="stable")
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1]
+    assert np.array_equal(nucleus(p, top_p), kept)
 
 
 def test_nan_is_an_error_and_not_a_token():

@@ -116,8 +116,12 @@ def _values(v: Vectors, tokens: int, half: bool, x, ldx, codes, stride, q, scale
     v.loop(v.mul(columns, 16 // v.lanes), [], column)
 
 
-def _values_across(v: Vectors, tokens: int, half: bool, x, ldx, keys, key_dim, q, scales, blocks, dim) -> None:
-    """As `_values` for the first `dim` numbers of the keys: lanes are positions, summed at the end."""
+def _values_across(v: Vectors, tokens: int, half: bool, x, ldx, keys, key_dim, q, scales, positions, dim) -> None:
+    """As `_values` for the first `dim` numbers of the keys: lanes are positions, summed at the end.
+
+    Lanes behind the last position hold what a sequence before left there, infinity perhaps: 0 times it is not 0, so they are masked.
+    """
+    blocks = v.b.sdiv(v.add(positions, BLOCK - 1), v.k(BLOCK))
     columns, size = BLOCK // v.lanes, 2 if half else 4
     pointers = [v.b.inttoptr(v.load(I64, q, 8 * t), POINTER) for t in range(tokens)]
     s = [v.load(F32, scales, 4 * t) for t in range(tokens)]
@@ -129,7 +133,8 @@ def _values_across(v: Vectors, tokens: int, half: bool, x, ldx, keys, key_dim, q
             sums = list(sums)
             there = v.mul(v.mul(i, key_dim), BLOCK * size)
             for c in range(columns):
-                k = _vector(v, half, keys, at, there, c * v.lanes * size)
+                filled = v.below(v.b.sub(positions, v.mul(i, BLOCK)), c * v.lanes)
+                k = v.b.select(filled, _vector(v, half, keys, at, there, c * v.lanes * size), v.floats(0))
                 for t in range(tokens):
                     p = v.load(v.f32, x, v.mul(ldx, 4 * t), v.mul(i, 4 * BLOCK), 4 * c * v.lanes)
                     sums[t] = v.fma(p, k, sums[t])
@@ -676,7 +681,7 @@ def attention_job(half: bool, across: bool) -> int:
                 count = peek(positions + 8 * (first + (from_ + i) // group)) + 1
                 _emit_softmax(table + 4 * i * ld, count, blocks * BLOCK, p[19], inverse + 4 * i)
             if across:
-                values(m, table, ld, keys, dim, outputs, inverse, blocks, p[12])
+                values(m, table, ld, keys, dim, outputs, inverse, longest, p[12])
             else:
                 at = p[9] + slot * p[10] + head * p[11]
                 values(m, table, ld, at, p[12] * size, outputs, inverse, longest, p[12] // 16)
