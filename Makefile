@@ -22,6 +22,8 @@ demo: $(VENV)/.export ## compress the embedded MoE model to int8 and int4, evalu
 	@$(BIN)/edgelab demo $(ARGS)
 
 lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
+	@mkdir -p $(VENV)/share/jupyter/lab/settings # no question about news: nothing is fetched
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 

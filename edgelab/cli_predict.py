@@ -229,6 +229,8 @@ def calibrate_host(
 
     if models and quick:
         raise ValueError("--quick times no probes, and without them nothing can be said of MODELS: leave out one of the two")
+    for m in models or ():
+        hosts.work_in(m)  # says what is wrong with a bundle before a minute of measuring
     found = hosts.measure_host(threads=threads)
     if not quick:
         found = hosts.calibrate_runtime(found, progress=not as_json)

@@ -59,19 +59,29 @@ def run(
         if experts:
             runtime.top_k = experts
         opened_s = time.perf_counter() - began
+        if prompt is None and sys.stdin is not None and sys.stdin.isatty():
+            err_console.print("Ask, line by line; /clear forgets what was said, /bye ends (so does Ctrl-D).", markup=False, style="dim")
         engine = Governed(runtime, Governor(PHONE)) if govern else runtime
         if served is not None:
-            err_console.print(f"metrics: {served}", markup=False)
+            err_console.print(f"metrics: {served.url}", markup=False)
         said: list[dict[str, str]] = []
+        last: list[float] = []  # seconds of the last answer's tokens
         for message in _messages(prompt):
+            if prompt is None and message.strip() in ("/bye", "/clear"):
+                if message.strip() == "/bye":
+                    break
+                said = []
+                continue
             try:
                 ids = _ids(tokenizer, said if remember else [], message, raw, runtime.context, max_new)
                 stream = engine.stream(ids, max_new=max_new, temperature=temperature, top_p=top_p, seed=seed)
                 answer = ""
-                for piece in pieces(tokenizer, _watched(stream, runtime, monitor, len(ids))):
+                for piece in pieces(tokenizer, _watched(stream, runtime, monitor, len(ids), last)):
                     answer += piece
                     print(piece, end="", flush=True)
                 print(flush=True)
+                if len(ids) + max_new > runtime.context == runtime.lengths[0]:
+                    err_console.print(f"The context of {runtime.context} positions is full: the answer was cut.", markup=False)
             except ValueError as error:
                 if prompt is not None:
                     raise
@@ -84,14 +94,24 @@ def run(
         if served is not None:
             served.close()
     if stats:
-        print_table([{"what": "opened in", "value": f"{opened_s:.2f} s"}, *_two(monitor.summary())], "Measured")
+        rows = [{"what": "opened in", "value": f"{opened_s:.2f} s"}]
+        if last:
+            first, rest = last[0], last[1:]
+            told = (
+                f"{len(last)} tokens"
+                + (f", {len(rest) / sum(rest):,.0f} tokens/s" if rest else "")
+                + f", the first after {1e3 * first:,.1f} ms"
+            )
+            rows.append({"what": "last answer", "value": told})
+        print_table([*rows, *_two(monitor.summary())], "Measured")
         out_console.print(repr(runtime), markup=False)
         out_console.print(repr(runtime.plan), markup=False)
 
 
-def _watched(tokens, runtime, monitor, prompt_tokens: int) -> Iterator[int]:
-    """The tokens as they pass, observed with their times and probabilities."""
-    seconds, confidences, at = [], [], time.perf_counter()
+def _watched(tokens, runtime, monitor, prompt_tokens: int, seconds: list[float]) -> Iterator[int]:
+    """The tokens as they pass, observed with their times (kept in `seconds`) and probabilities."""
+    seconds.clear()
+    confidences, at = [], time.perf_counter()
     try:
         for token in tokens:
             seconds.append(time.perf_counter() - at)

@@ -30,6 +30,7 @@ row is a mixture or reads from flash, and none has fewer than 490 million weight
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from html import escape
 from math import ceil, exp, hypot, inf, log
@@ -235,7 +236,9 @@ def device(name: str) -> DeviceProfile:
     """The profile `name`. Raises ValueError that lists the names."""
     known = devices()
     if name not in known:
-        raise ValueError(f"device={name!r} is not known; use one of {', '.join(known)}")
+        near = get_close_matches(name, known, 3, 0.5)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"device={name!r} is not known; {meant}use one of {', '.join(known)}")
     return known[name]
 
 

@@ -62,6 +62,22 @@ def test_a_conversation_is_remembered_or_not(monkeypatch):
     assert "play" not in texts[3]
 
 
+def test_clear_forgets_and_bye_ends(monkeypatch):
+    seen = []
+    from edgelab.runtime import Runtime
+
+    stream = Runtime.stream
+    monkeypatch.setattr(Runtime, "stream", lambda self, ids, *a, **k: seen.append(list(ids)) or stream(self, ids, *a, **k))
+    typed = "play the blues\n/clear\nplay the blues\n/bye\nnever read\n"
+    assert runner.invoke(cli.app, ["run", PHONE, "--max-new", "4"], input=typed).exit_code == 0
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_an_answer_that_the_context_cuts_says_so():
+    result = edgelab("run", PHONE, "x y", "--context", "8", "--raw")
+    assert "the answer was cut" in " ".join(result.output.split())
+
+
 def test_a_long_conversation_forgets_its_beginning():
     tokenizer = load_tokenizer(PHONE)
     said = [{"role": r, "content": f"{r} {i} " + "word " * 20} for i in range(10) for r in ("user", "assistant")]
@@ -136,8 +152,7 @@ def test_metrics_are_served_while_it_runs(bundle, monkeypatch):  # noqa: F811
 
     def asking(tokenizer, tokens):
         yield from inner(tokenizer, tokens)
-        url = repr(seen[0]).split("'")[1]
-        texts.append(urllib.request.urlopen(url, timeout=5).read().decode())
+        texts.append(urllib.request.urlopen(seen[0].url, timeout=5).read().decode())
 
     monkeypatch.setattr(Monitor, "serve", noted)
     monkeypatch.setattr(cli_run, "pieces", asking)

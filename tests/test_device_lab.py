@@ -136,7 +136,7 @@ def test_lines_say_what_is_assumed_and_what_is_missing():
     one, eight = (lab.shape_with(n, lab.models()[n], "int4-g32") for n in ("llama-3.2-1b", "llama-3-8b"))
     phone, small, board = lab.prediction_rows([predict("oneplus-12", one), predict("redmi-6a", eight), predict("jetson-orin-nano", one)])
     p = predict("oneplus-12", one)
-    assert phone["tokens/s [4 of 5 held-out]"] == f"{p.decode.value:.3g} [{p.decode.low:.3g}, {p.decode.high:.0f}]"
+    assert phone["tokens/s [4 of 5 held-out]"] == f"{p.decode.value:.3g} [{p.decode.low:.3g}, {p.decode.high:.3g}]"
     assert phone["J per token"].endswith("*") and not board["J per token"].endswith("*") and board["load, s"] == ""
     assert (
         small["tokens/s [4 of 5 held-out]"] == "does not fit" and small["memory"].endswith(": does not fit") and small["J per token"] == ""
