@@ -8,12 +8,16 @@ value that would mean "no effect": 1 for "times smaller", 0 for "% less").
     about T         good = [T - t|T|, T + t|T|]         between A..B    good = [A - t|A|, B + t|B|]
 
     holds                 the whole interval lies in `good`
-    holds in part         v lies in `good` and its interval reaches out of it; or the whole interval lies on the claim's side of N: the
-                          direction holds and the magnitude differs
-    doesn't hold here     neither
-    can't be tested       where `kind` is "model" (that takes the hardware) or "not reproducible here" (that takes the article's own
-                          model and data). The value is then modelled, or measured on something else, and labelled so; what is said of it
-                          is whether the claim lies inside of its band: whether `good` and [low, high] meet
+    holds in part         v lies in `good` and its interval reaches out of it; or the whole interval lies on the claim's side of N and v
+                          reaches at least half of the size claimed: (v - N) / (T - N) >= 0.5 (`HALF`, our threshold)
+    doesn't hold here     neither: an effect that is there, and smaller than half of what was claimed, is this too
+    can't be tested       where `kind` is "model" (that takes the hardware): the value is modelled, and what is said of it is whether the
+                          claim lies inside of its band, whether `good` and [low, high] meet. An entry with `band` False has none to lie
+                          in (a model that is known to be off, or no value at all), and then that isn't said either. Or where `kind` is
+                          "not reproducible here" (that takes the article's own model and data): something else was measured, is shown,
+                          and says nothing of the claim
+
+The share (v - N) / (T - N) is printed with the verdict wherever there is a null: 100 % is the figure claimed, 50 % half of the effect.
 
 So a claim of "at most 0.8 % lost" needs an interval that ends below 0.8, not a mean that does. Our models are small: a failed claim
 "doesn't hold *here*". A claim without a computed value has no verdict at all (LookupError).
@@ -34,7 +38,9 @@ from pathlib import Path
 from edgelab.paths import data_dir
 from edgelab.report import PROVENANCES as _MEASURED
 
-PROVENANCES = (*_MEASURED, "simulated")
+NO_VALUE = "no value"
+PROVENANCES = (*_MEASURED, "simulated", NO_VALUE)
+HALF = 0.5  # the least share of the claimed effect that is called "in part"
 RULES = ("at least", "at most", "about", "between")
 HOLDS, IN_PART, NOT_HERE, UNTESTED = "holds", "holds in part", "doesn't hold here", "can't be tested without the hardware"
 NO_DATA = "can't be tested without its model and data"
@@ -104,14 +110,15 @@ class Entry:
 
     `ran`: one sentence, what was run or modelled. `by`: what the interval is over ("500 answers, paired bootstrap"; "counted").
     `control`: what was checked to fail, or to stay the same. `beside`: {label: text}, other figures that a reader should see. `corpus`:
-    the fingerprint of the text, where any was read.
+    the fingerprint of the text, where any was read. `band` False: [low, high] is no band that a modelled claim could lie in; `control`
+    or `beside` say why. A claim of which nothing can be computed has value, low and high None, and provenance "no value".
     """
 
     claim: str
     ran: str
-    value: float
-    low: float
-    high: float
+    value: float | None
+    low: float | None
+    high: float | None
     unit: str
     n: int
     by: str
@@ -121,18 +128,27 @@ class Entry:
     beside: Mapping[str, str] = field(default_factory=dict)
     corpus: str = ""
     seed: int | None = None
+    band: bool = True
 
     def __post_init__(self) -> None:
         if self.provenance not in PROVENANCES:
             raise ValueError(f"entry {self.claim}: provenance={self.provenance!r} is not one of {', '.join(PROVENANCES)}")
+        if self.n < (self.provenance != NO_VALUE):
+            raise ValueError(f"entry {self.claim}: n={self.n}; something has to be counted")
         if not self.ran or not self.by:
             raise ValueError(f"entry {self.claim}: ran={self.ran!r}, by={self.by!r}: say what was run, and what the interval is over")
+        empty = [v is None for v in (self.value, self.low, self.high)]
+        if (self.provenance == NO_VALUE) != all(empty) or any(empty) != all(empty) or (all(empty) and self.band):
+            raise ValueError(
+                f"entry {self.claim}: {self.value} [{self.low}, {self.high}], {self.provenance}, band={self.band}: None goes with the "
+                f"provenance {NO_VALUE!r} and band=False, and with nothing else"
+            )
+        if all(empty):
+            return
         if not all(map(math.isfinite, (self.value, self.low, self.high))):
             raise ValueError(f"entry {self.claim}: {self.value} [{self.low}, {self.high}] is not finite: nothing was computed")
         if not self.low <= self.value <= self.high:
             raise ValueError(f"entry {self.claim}: {self.value} lies outside of its own interval [{self.low}, {self.high}]")
-        if self.n < 1:
-            raise ValueError(f"entry {self.claim}: n={self.n}; something has to be counted")
 
     @property
     def text(self) -> str:
@@ -143,6 +159,8 @@ class Entry:
         >>> Entry("A2", "ran", 98.75, 97.5, 99.5, "%", 1000, "answers").text
         '98.8 % [97.5, 99.5]'
         """
+        if self.value is None:
+            return NO_VALUE
         digits = _digits(self.value, self.low, self.high)
         shown = f"{number(self.value, digits)} {self.unit}".strip()
         return shown if self.low == self.high else f"{shown} [{number(self.low, digits)}, {number(self.high, digits)}]"
@@ -166,21 +184,34 @@ def number(value: float, digits: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of `VERDICTS`, and a sentence with the numbers that gave it. `inside`: of a claim that can't be tested, whether it lies in the
-    modelled band; None where it was tested."""
+    """One of `VERDICTS`, and a sentence with the numbers that gave it.
+
+    `inside`: of a claim that takes hardware, whether it lies in the modelled band; None where it was tested, or nothing can be said.
+    `share`: which part of the claimed effect the value is, 1 for all of it; None where the claim has no null or was not tested.
+    """
 
     word: str
     why: str
     inside: bool | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.word not in VERDICTS:
             raise ValueError(f"word={self.word!r} is no verdict; there are {', '.join(VERDICTS)}")
 
     def __str__(self) -> str:
-        if self.inside is None:
-            return self.word
-        return f"{self.word}: {'inside' if self.inside else 'outside'} of the band"
+        if self.inside is not None:
+            return f"{self.word}: {'inside' if self.inside else 'outside'} of the band"
+        return self.word if self.share is None else f"{self.word} ({percent(self.share)} of the claim)"
+
+
+def percent(share: float) -> str:
+    """
+    >>> percent(0.974), percent(-1.5), percent(0.4996)
+    ('97 %', '-150 %', '49.96 %')
+    """
+    digits = next((d for d in (0, 1, 2) if (round(100 * share, d) >= 100 * HALF) == (share >= HALF)), 3)
+    return f"{number(100 * share, digits)} %"
 
 
 def judge(claim: Claim, entry: Entry | None) -> Verdict:
@@ -192,25 +223,35 @@ def judge(claim: Claim, entry: Entry | None) -> Verdict:
         raise LookupError(f"claim {claim.id} has no computed value: a claim without one gets no verdict")
     if entry.claim != claim.id:
         raise ValueError(f"the entry is of claim {entry.claim}, not of {claim.id}")
+    if entry.value is None:
+        if claim.kind not in _FORCED:
+            raise LookupError(f"claim {claim.id} could be tested and has no computed value: it gets no verdict")
+        return Verdict(_FORCED[claim.kind], f"there is {NO_VALUE}: {entry.by}.")
     least, most = claim.good
     inside = entry.low >= least and entry.high <= most
     meets = entry.low <= most and entry.high >= least
     if claim.kind in _FORCED:
         band = "modelled" if entry.provenance == "modelled" else entry.provenance
-        return Verdict(_FORCED[claim.kind], f"{band} {entry.text}; the claim, {claim.wanted}, is {_where(inside, meets)}.", meets)
+        if _FORCED[claim.kind] == NO_DATA:
+            return Verdict(NO_DATA, f"{band} {entry.text}, of something else: it says nothing of the claim, {claim.wanted}.")
+        if not entry.band:
+            return Verdict(UNTESTED, f"{band} {entry.text}, which is no band that the claim, {claim.wanted}, could lie in.")
+        return Verdict(UNTESTED, f"{band} {entry.text}; the claim, {claim.wanted}, is {_where(inside, meets)}.", meets)
+    share = None if claim.null is None else _share_of(claim, entry.value)
     if inside:
-        return Verdict(HOLDS, f"{entry.text} is {claim.wanted}{_within(claim)}.")
+        return Verdict(HOLDS, f"{entry.text} is {claim.wanted}{_within(claim)}.", share=share)
     if least <= entry.value <= most:
-        return Verdict(IN_PART, f"{entry.text} is {claim.wanted}{_within(claim)}, but its interval reaches further: not beyond doubt.")
-    if claim.null is not None and _beyond(claim, entry):
-        share = (entry.value - claim.null) / (claim.targets[0] - claim.null)
-        return Verdict(
-            IN_PART,
-            f"{entry.text} is not {claim.wanted}{_within(claim)}, but on the claim's side of {number(claim.null)}: "
-            f"the direction holds, {100 * share:.0f} % of the size claimed.",
-        )
-    against = "" if claim.null is None else f", and not beyond doubt on the claim's side of {number(claim.null)}"
-    return Verdict(NOT_HERE, f"{entry.text} is not {claim.wanted}{_within(claim)}{against}.")
+        why = f"{entry.text} is {claim.wanted}{_within(claim)}, but its interval reaches further: not beyond doubt."
+        return Verdict(IN_PART, why, share=share)
+    missed = f"{entry.text} is not {claim.wanted}{_within(claim)}"
+    if share is None:
+        return Verdict(NOT_HERE, f"{missed}.")
+    if not _beyond(claim, entry):
+        return Verdict(NOT_HERE, f"{missed}, and not beyond doubt on the claim's side of {number(claim.null)}.", share=share)
+    told = f"{missed}, but on the claim's side of {number(claim.null)}: the direction holds, {percent(share)} of the size claimed"
+    if share < HALF:
+        return Verdict(NOT_HERE, f"{told}, which is less than half.", share=share)
+    return Verdict(IN_PART, f"{told}.", share=share)
 
 
 def _beyond(claim: Claim, entry: Entry) -> bool:
@@ -263,6 +304,7 @@ class Line:
 # -------------------------------------------------------------------------------------------------------------- claims
 
 _COLUMNS = tuple(f.name for f in fields(Claim))
+TEX_WIDTHS = (0.30, 0.18, 0.10, 0.16)  # of a line, of the columns behind the id: with what lies between columns they fill it
 
 
 def read_claims(path: str | Path | None = None) -> tuple[Claim, ...]:
@@ -361,6 +403,23 @@ class Ledger:
         """`table` with fewer columns: for a notebook."""
         return [{k: line[k] for k in ("id", "claim", "ours", "from", "verdict")} for line in self.table()]
 
+    def shares(self) -> dict[str, float]:
+        """{claim: which part of the claimed effect was reached}, of those that were tested and have a null."""
+        return {line.claim.id: line.verdict.share for line in self if line.verdict.share is not None}
+
+    def reached(self) -> str:
+        """How far what fails misses and what holds exceeds, in a sentence: computed, for nobody can guess it."""
+        found = {line.claim.id: line.verdict for line in self if line.verdict.share is not None}
+        parts = []
+        for word in (HOLDS, IN_PART, NOT_HERE):
+            mine = sorted((v.share, c) for c, v in found.items() if v.word == word)
+            if mine:
+                (least, a), (most, b) = mine[0], mine[-1]
+                parts.append(f"{word}: {len(mine)}, with {percent(least)} ({a}) to {percent(most)} ({b}) of the figure claimed")
+        near = [c for c, v in found.items() if abs(v.share - 1) < 0.1]
+        close = f"; {len(near)} of {len(found)} lie within a tenth of it ({', '.join(near)})" if near else ""
+        return f"Of the claims with a size that can be reached in part: {'; '.join(parts)}{close}." if parts else "None was judged yet."
+
     def __repr__(self) -> str:
         told = ", ".join(f"{n} {word}" for word, n in self.counts().items())
         return f"Ledger of {len(self.claims)} claims: {told}"
@@ -385,9 +444,9 @@ class Ledger:
         )
 
     def to_latex(self) -> str:
-        """A longtable in booktabs' style (\\usepackage{booktabs,longtable}); ASCII and LaTeX's own commands only."""
+        """A longtable in booktabs' style (\\usepackage{array,booktabs,longtable}); ASCII and LaTeX's own commands only."""
         columns = ("id", "claim", "ours", "from", "verdict")
-        wide = ("l", r"p{0.34\linewidth}", r"p{0.2\linewidth}", r"p{0.11\linewidth}", r"p{0.18\linewidth}")
+        wide = ("l", *(rf">{{\raggedright\arraybackslash}}p{{{w:.2f}\linewidth}}" for w in TEX_WIDTHS))
         head = " & ".join(columns) + r" \\"
         rows = [" & ".join(tex(line[k]) for k in columns) + r" \\" for line in self.table()]
         return "\n".join(
@@ -408,13 +467,14 @@ class Ledger:
         """The lines with their numbers apart: what a spreadsheet takes, and what `read_csv` gives back."""
         out = io.StringIO()
         names = ("id", "value", "low", "high", "unit", "n", "by", "provenance", "ran", "control", "machine", "corpus", "seed", "beside")
-        names += ("verdict", "why")
+        names += ("band", "verdict", "why")
         writer = csv.DictWriter(out, names, lineterminator="\n")
         writer.writeheader()
         for line in self:
             e = line.entry
             row = {k: getattr(e, k) for k in names if hasattr(e, k)}
-            row |= {"id": e.claim, "value": repr(e.value), "low": repr(e.low), "high": repr(e.high), "beside": json.dumps(dict(e.beside))}
+            row |= {"id": e.claim, "beside": json.dumps(dict(e.beside))}
+            row |= {k: "" if (v := getattr(e, k)) is None else repr(v) for k in ("value", "low", "high")}
             writer.writerow(row | {"verdict": str(line.verdict), "why": line.verdict.why})
         return out.getvalue()
 
@@ -424,7 +484,8 @@ class Ledger:
         found = []
         for row in csv.DictReader(io.StringIO(text)):
             read = {k: row[k] for k in ("unit", "by", "provenance", "ran", "control", "machine", "corpus")}
-            read |= {k: float(row[k]) for k in ("value", "low", "high")} | {"n": int(row["n"]), "beside": json.loads(row["beside"])}
+            read |= {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
+            read |= {"n": int(row["n"]), "beside": json.loads(row["beside"]), "band": row["band"] == "True"}
             found.append(Entry(row["id"], **read, seed=int(row["seed"]) if row["seed"] else None))
         return cls(claims, found)
 
@@ -449,6 +510,57 @@ class Ledger:
             os.replace(temporary, path)
             made.append(path)
         return made
+
+
+LIMITS = (-50.0, 250.0)  # per cent drawn by `share_figure`; what lies beyond is drawn at the edge
+
+
+def share_figure(book: Ledger):
+    """A plotly figure: per claim the share of the claimed effect that was reached, its interval, a marker and colour per verdict.
+
+    Claims that have no null, or could not be tested, have no share and are not drawn. Raises LookupError where none has one.
+    """
+    from edgelab import plots
+
+    lines = [line for line in book if line.verdict.share is not None]
+    if not lines:
+        raise LookupError("no claim of this ledger has a share that was reached; enter one that was tested and has a null")
+    title = f"Share of the claimed effect that was reached (drawn from {LIMITS[0]:.0f} to {LIMITS[1]:.0f} %)"
+    fig = plots.go.Figure(layout={"template": plots.TEMPLATE, "title": {"text": title}})
+    ids = [line.claim.id for line in lines]
+    for name, at, dash in (("the claim", 100.0, "solid"), ("half of it", 100 * HALF, "dot")):
+        fig.add_scatter(x=ids, y=[at] * len(ids), mode="lines", name=name, line={"color": plots.INK, "width": 1, "dash": dash})
+    for i, word in enumerate((HOLDS, IN_PART, NOT_HERE)):
+        mine = [line for line in lines if line.verdict.word == word]
+        if not mine:
+            continue
+        ends = [sorted(100 * _share_of(x.claim, v) for v in (x.entry.low, x.entry.high)) for x in mine]
+        at = [_clipped(100 * x.verdict.share) for x in mine]
+        fig.add_scatter(
+            x=[x.claim.id for x in mine],
+            y=at,
+            mode="markers",
+            name=word,
+            text=[f"{x.claim.id}, {x.claim.claim}: {percent(x.verdict.share)}" for x in mine],
+            hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+            marker={"color": plots.OKABE_ITO[(2, 1, 3)[i]], "symbol": plots.SYMBOLS[i], "size": 9},
+            error_y={
+                "type": "data",
+                "array": [_clipped(high) - p for (_, high), p in zip(ends, at, strict=True)],
+                "arrayminus": [p - _clipped(low) for (low, _), p in zip(ends, at, strict=True)],
+                "thickness": 1.2,
+            },
+        )
+    fig.update_xaxes(categoryorder="array", categoryarray=ids)
+    return fig.update_yaxes(title="% of the effect claimed", range=[LIMITS[0] - 8, LIMITS[1] + 8])
+
+
+def _share_of(claim: Claim, value: float) -> float:
+    return (value - claim.null) / (claim.targets[0] - claim.null)
+
+
+def _clipped(per_cent: float) -> float:
+    return min(max(per_cent, LIMITS[0]), LIMITS[1])
 
 
 def _html_table(lines: list[dict[str, str]]) -> str:

@@ -8,17 +8,26 @@ with a bootstrap over answers, drawn within each task. Where not one answer diff
 the rate of differing answers that n answers of which none differs still allow, 1 - 0.025^(1/n) (Clopper and Pearson 1934).
 
 Speed is processor time of one thread, calls taken in turns; a ratio is the median over turns of the ratio within a turn, its interval a
-bootstrap over turns. The embedded models fit into a processor's cache, where bytes cost nothing; `wide` is a random mixture of 85 million
+bootstrap over turns. Both sides run on our runtime, float32 and rounded alike, with transformers beside them: against transformers alone
+much of a ratio would be its overhead.
+
+The embedded models fit into a processor's cache, where bytes cost nothing; `wide` is a random mixture of 85 million
 weights, 340 MB in float32, that does not, and stands for a model whose weights have to come from memory. Its *answers* mean nothing.
 
 A small `Bench` (`answers=20`) runs the same code in seconds, for tests.
 """
 
 import copy
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -39,7 +48,8 @@ from edgelab.model import load, load_tokenizer
 from edgelab.paths import data_dir
 from edgelab.recipe import Recipe
 from edgelab.report import Report, machine
-from edgelab.startup import METRICS, Start, startup_table
+from edgelab.runtime import Runtime
+from edgelab.startup import METRICS, Start, _reset_peak, memory, startup_table
 from edgelab.vision import latencies_ms
 
 TASKS = ("assistant", "arithmetic")
@@ -272,18 +282,67 @@ def median_ratio(top: Sequence[float], bottom: Sequence[float], seed: int = 0) -
     return float(np.median(ratios)), low, high
 
 
-def decoding(bench: Bench, scheme: str) -> dict[str, Spread]:
-    """{what: how many times faster than float32 it decodes}, on the wide model and the embedded one, inputs float32 or int8."""
-    ratios = {}
-    for kind in ("wide", "moe"):
-        packed = bench.packed(scheme, kind=kind).model
-        rounded = copy.deepcopy(packed)
-        set_activations(rounded, "int8")
-        calls = {"float32": getattr(bench, kind), scheme: packed, f"{scheme}, int8 inputs": rounded}
-        times = timed({name: partial(decode, m, bench.ids) for name, m in calls.items()}, bench.turns)
-        for name in list(times)[1:]:
-            ratios[f"{kind}, {name}"] = median_ratio(times["float32"], times[name], bench.seed)
-    return ratios
+def run_tokens(runtime: Runtime, ids: Sequence[int], prompt: int = 8) -> None:
+    """Reads the first `prompt` of `ids` at once and the others one by one, from an empty slot: what `experts_lab.decode` does in torch."""
+    runtime.release(0)
+    runtime.admit(0, ids[:prompt])
+    for token in ids[prompt:]:
+        runtime.step([0], [token])
+
+
+def exact(model: nn.Module, **settings) -> Runtime:
+    """Our runtime with nothing rounded: weights as they are, inputs and cache in float32. One thread."""
+    return Runtime(model, threads=1, activations="float32", kv="float32", **settings)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Processor time per call {name: ms [turns]} of the same 8 tokens read and 16 written; names as in `decoding`."""
+
+    times: Mapping[str, np.ndarray]
+    tokens: int
+    seed: int = 0
+
+    def faster(self, name: str, than: str = "float32") -> Spread:
+        return median_ratio(self.times[than], self.times[name], self.seed)
+
+    def rates(self) -> str:
+        return ", ".join(f"{name} {1e3 * self.tokens / np.median(t):,.0f}" for name, t in self.times.items()) + " tokens/s"
+
+
+def decoding(bench: Bench, scheme: str, kind: str = "wide") -> Decoding:
+    """`kind` as our runtime has it in float32 (the original weights, `exact`) and in `scheme` (its defaults), and in torch: transformers on
+    the original, and on layers that hold `scheme` and round their inputs to int8."""
+    packed = bench.packed(scheme, kind=kind).model
+    rounded, ids = copy.deepcopy(packed), bench.ids[0].tolist()
+    set_activations(rounded, "int8")
+    original = getattr(bench, kind)
+    ours = {"float32": exact(original, context=64), scheme: Runtime(packed, threads=1, context=64)}
+    calls = {name: partial(run_tokens, runtime, ids) for name, runtime in ours.items()}
+    calls |= {"torch float32": partial(decode, original, bench.ids), f"torch with {scheme} layers": partial(decode, rounded, bench.ids)}
+    return Decoding(timed(calls, bench.turns), len(ids), bench.seed)
+
+
+def faster_entry(bench: Bench, claim: str, scheme: str, **beside: str) -> Entry:
+    """How many times faster than float32 our runtime decodes the wide model in `scheme`: the entry of A4 and of C1."""
+    wide, small = (decoding(bench, scheme, kind) for kind in ("wide", "moe"))
+    return found(
+        claim,
+        f"reading 8 tokens and decoding 16 on our runtime, one thread: float32 weights, inputs and cache against {scheme} with int8 "
+        "inputs, the wide random model",
+        wide.faster(scheme),
+        "x",
+        bench.turns,
+        "turns, paired bootstrap",
+        beside={
+            "rates": wide.rates(),
+            "against torch in float32": f"{shown(wide.faster(scheme, 'torch float32'))} x",
+            "in torch alone": f"{shown(wide.faster(f'torch with {scheme} layers', 'torch float32'))} x: transformers calls our layers one "
+            "by one, which takes time that no format saves",
+            "the embedded mixture": f"{shown(small.faster(scheme))} x on our runtime: all of it lies in the cache",
+        }
+        | {name.replace("_", " "): text for name, text in beside.items()},
+    )
 
 
 def less(ratio: Spread) -> Spread:
@@ -320,20 +379,156 @@ def file_bytes(made: Compressed | nn.Module, tokenizer=None) -> int:
         return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
-def peaks_mib(models: Mapping[str, Compressed | nn.Module], *, how: str = "read", repeats: int = 3, tokens: int = 4) -> dict[str, Spread]:
-    """{name: median, least and most MiB of RAM above imports} that a process of its own takes to load each and decode `tokens`."""
-    found = {}
-    for name, made in models.items():
-        with tempfile.TemporaryDirectory() as tmp:
-            folder = Path(tmp) / "model"
-            if isinstance(made, Compressed):
-                save_bundle(made.model, None, folder, recipe=made.recipe, coverage=made.coverage)
-            else:
-                made.save_pretrained(folder)
-            report = startup_table(folder, starts=(Start(name, how),), repeats=repeats, tokens=tokens)
-            row = report.get(model=name, metric=METRICS["peak_mib"][0])
-            found[name] = (row.value, row.value if row.low is None else row.low, row.value if row.high is None else row.high)
-    return found
+def save(made: Compressed | nn.Module, folder: Path) -> Path:
+    """`folder` with a compressed model as a bundle, or a model in its own type."""
+    if isinstance(made, Compressed):
+        save_bundle(made.model, None, folder, recipe=made.recipe, coverage=made.coverage)
+    else:
+        made.save_pretrained(folder)
+    return folder
+
+
+def peaks_mib(made: Compressed | nn.Module, *, how: str = "read", repeats: int = 3, tokens: int = 4) -> Spread:
+    """Median, least and most MiB of RAM above imports that a process of its own takes at its peak to load a model and decode `tokens`.
+
+    `how` as of `startup.Start`: "read" maps the files and copies them, so that for a moment the weights are there twice.
+    """
+    with tempfile.TemporaryDirectory() as tmp:
+        report = startup_table(save(made, Path(tmp) / "model"), starts=(Start("it", how),), repeats=repeats, tokens=tokens)
+    row = report.get(model="it", metric=METRICS["peak_mib"][0])
+    return row.value, row.value if row.low is None else row.low, row.value if row.high is None else row.high
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a process of its own runs a model: `by` "runtime" (ours, `settings` of `Runtime`) or "transformers"; `dtype` of the latter."""
+
+    by: str = "runtime"
+    dtype: str = "float32"
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+EXACT = {"activations": "float32", "kv": "float32"}
+
+
+Run = tuple[Compressed | nn.Module, Compressed | nn.Module, Way]  # the model, a small one of its kind, how
+
+
+def processes(runs: Mapping[str, Run], *, prompt: int = 64, tokens: int = 4, repeats: int = 2) -> dict[str, list[dict[str, float]]]:
+    """{name: [{loaded_mib, steady_mib, growth_mib}]} of `repeats` processes that load a model and run `prompt` and `tokens` through it.
+
+    loaded: resident above the imports once every weight is (weights mapped from files count once, and are touched). growth: the peak while
+    prompt and tokens run, above that: activations and cache. steady: resident afterwards, above imports. One thread. One process imports
+    everything and runs the small models, so that compiled code counts for no one; each of those measured is forked from it. Linux.
+    """
+    with tempfile.TemporaryDirectory() as tmp:
+        saved, specs = {}, {}
+        for name, (made, warm, way) in runs.items():
+            for model in (made, warm):
+                if id(model) not in saved:
+                    saved[id(model)] = str(save(model, Path(tmp) / str(len(saved))))
+            specs[name] = {"by": way.by, "dtype": way.dtype, "settings": dict(way.settings), "prompt": prompt, "tokens": tokens}
+            specs[name] |= {"folder": saved[id(made)], "warm": saved[id(warm)]}
+        code = "import json, sys; from edgelab.claims.bench import _in_here; print(json.dumps(_in_here(*json.load(sys.stdin))))"
+        root = str(Path(__file__).resolve().parents[2])
+        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        given = json.dumps([specs, repeats])
+        run = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"{', '.join(runs)} failed in their processes: {run.stderr.strip().splitlines()[-1:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _in_here(specs: dict[str, dict], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """The numbers of all, each measured in a fork of this process."""
+    import edgelab.hf  # noqa: F401 (from_pretrained knows us)
+
+    torch.set_num_threads(1)
+    for spec in specs.values():
+        _run_through(_opened(spec, spec["warm"]), 16, 1)
+    gc.collect()
+    return {name: [_forked(spec) for _ in range(repeats)] for name, spec in specs.items()}
+
+
+def _forked(spec: dict) -> dict[str, float]:
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.write(write, json.dumps(_measured(spec)).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as f:
+        text = f.read()
+    if os.waitpid(child, 0)[1] or not text:
+        raise RuntimeError(f"{spec} failed in its process")
+    return json.loads(text)
+
+
+def _measured(spec: dict) -> dict[str, float]:
+    _trim()
+    start = _reset_peak()["VmRSS"]
+    model = _opened(spec, spec["folder"])
+    _trim()
+    before = _reset_peak()["VmRSS"]
+    _run_through(model, spec["prompt"], spec["tokens"])
+    after = memory()
+    sizes = {"loaded_mib": before - start, "steady_mib": after["VmRSS"] - start, "growth_mib": after["VmHWM"] - before}
+    return {name: value / 2**20 for name, value in sizes.items()}
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system: kept, it would be filled again unseen, and what is used next would not show as growth."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _opened(spec: dict, folder: str) -> Runtime | nn.Module:
+    if spec["by"] == "runtime":
+        return Runtime.open(folder, threads=1, tiles=None, **spec["settings"])
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec["dtype"])).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().reshape(-1).view(torch.uint8)[::1024].sum().item()  # a mapped page that nobody touched is not resident
+    return model
+
+
+@torch.inference_mode()
+def _run_through(model: Runtime | nn.Module, prompt: int, tokens: int) -> None:
+    ids = torch.randint(0, 2048, (1, prompt), generator=torch.Generator().manual_seed(0))
+    if isinstance(model, Runtime):
+        model.admit(0, ids[0].tolist())
+        for i in range(tokens):
+            model.step([0], [i])
+        return
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values  # one row of logits, as ours
+    for i in range(tokens):
+        model(input_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True)
+
+
+def over(found: Sequence[Mapping[str, float]], name: str) -> Spread:
+    """(median, least, most) over processes.
+
+    >>> over([{"a": 3.0}, {"a": 1.0}, {"a": 2.0}], "a")
+    (2.0, 1.0, 3.0)
+    """
+    values = [f[name] for f in found]
+    return float(np.median(values)), min(values), max(values)
+
+
+def ratio_of(top: Spread, bottom: Spread) -> Spread:
+    """top / bottom with the widest interval that both allow: least over most, most over least.
+
+    >>> ratio_of((2.0, 1.0, 3.0), (4.0, 2.0, 6.0))
+    (0.5, 0.16666666666666666, 1.5)
+    """
+    return top[0] / bottom[0], top[1] / bottom[2], top[2] / bottom[1]
 
 
 def half_precision(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
