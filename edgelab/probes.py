@@ -82,40 +82,13 @@ PROBES = (
 
 def probe_model(probe: Probe, seed: int = 0):
     """The transformers model of a probe, its weights random; nothing was rounded, codes are drawn."""
-    import torch
     import transformers
-    from torch import nn
 
-    from edgelab.layers import Blank
-    from edgelab.lazy import _make_unsaved
-    from edgelab.model import swap, weights
-    from edgelab.scheme import QuantScheme
+    from edgelab.startup import random_model
 
     settings = {k: v for k, v in probe.config.items() if k != "model_type"}
     config = transformers.AutoConfig.for_model(probe.config["model_type"], **settings, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        if probe.scheme:
-            scheme = QuantScheme.parse(probe.scheme)
-            swap(model, {w.name: Blank(w.shape, scheme) for w in weights(model) if w.kind != "router"})
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None or name in module._non_persistent_buffers_set:
-                    continue
-                new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                if new.dtype == torch.uint8:
-                    new.random_(0, 256, generator=draw)
-                elif tensor.ndim == 1:
-                    new.fill_(1)
-                elif store is module._buffers:
-                    new.uniform_(0.002, 0.006, generator=draw)  # scales
-                else:
-                    new.normal_(0, 0.02, generator=draw)
-                store[name] = nn.Parameter(new, requires_grad=False) if store is module._parameters else new
-    _make_unsaved(model, {})
-    return model
+    return random_model(config, probe.scheme, seed)
 
 
 def seconds_per_token(runtime, *, prompt: int = PROMPT, new: int = NEW, seconds: float = 0.3, seed: int = 0) -> tuple[float, float]:

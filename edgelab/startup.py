@@ -27,6 +27,35 @@ from edgelab.report import Report, Row, machine
 from edgelab.scheme import QuantScheme
 
 
+def random_model(config, scheme: str | None, seed: int = 0) -> nn.Module:
+    """A model of a transformers `config` with random codes, scales and floats, made without rounding anything. The routers stay floats."""
+    import transformers
+
+    draw = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        if scheme:
+            parsed = QuantScheme.parse(scheme)
+            swap(model, {w.name: Blank(w.shape, parsed) for w in weights(model) if w.kind != "router"})
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or name in module._non_persistent_buffers_set:
+                    continue
+                new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if new.dtype == torch.uint8:
+                    new.random_(0, 256, generator=draw)
+                elif tensor.ndim == 1:
+                    new.fill_(1)
+                elif store is module._buffers:
+                    new.uniform_(0.002, 0.006, generator=draw)  # scales
+                else:
+                    new.normal_(0, 0.02, generator=draw)
+                store[name] = nn.Parameter(new, requires_grad=False) if store is module._parameters else new
+    _make_unsaved(model, {})
+    return model
+
+
 def random_bundle(
     out: str | Path,
     *,
@@ -52,28 +81,7 @@ def random_bundle(
         mlp_only_layers=[], max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     recipe = Recipe.uniform(scheme) if scheme else Recipe(())
-    draw = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        if scheme:
-            parsed = QuantScheme.parse(scheme)
-            swap(model, {w.name: Blank(w.shape, parsed) for w in weights(model) if w.kind != "router"})
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None or name in module._non_persistent_buffers_set:
-                    continue
-                new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                if new.dtype == torch.uint8:
-                    new.random_(0, 256, generator=draw)
-                elif tensor.ndim == 1:
-                    new.fill_(1)
-                elif store is module._buffers:
-                    new.uniform_(0.002, 0.006, generator=draw)  # scales
-                else:
-                    new.normal_(0, 0.02, generator=draw)
-                store[name] = nn.Parameter(new, requires_grad=False) if store is module._parameters else new
-    _make_unsaved(model, {})
+    model = random_model(config, scheme, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a stack larger than a chunk gets one of its own: no news here
         return save_bundle(model, None, out, recipe=recipe, coverage=audit(model), max_chunk_bytes=max_chunk_bytes)
