@@ -624,7 +624,7 @@ class DeviceControl(_Control):
 
     # ------------------------------------------------------------------------------------------------------- figure
     def _empty(self) -> go.Figure:
-        titles = ("Bandwidth against speed, every device that holds it (modelled)", "Time per token there, by recipe (modelled)")
+        titles = ("Every device that holds it (modelled)", "By recipe (modelled)")
         fig = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.64, 0.36], horizontal_spacing=0.12)
         dashed = {"color": plots.INK, "dash": "dash"}
         fig.add_scatter(mode="lines", name="bytes / bandwidth", line=dashed, marker_color=plots.INK, hoverinfo="skip", row=1, col=1)
@@ -648,7 +648,7 @@ class DeviceControl(_Control):
         )
         fig.update_xaxes(title_text="theoretical DRAM bandwidth, GB/s", type="log", row=1, col=1)
         fig.update_yaxes(title_text="tokens per second, with the band", type="log", row=1, col=1)
-        fig.update_yaxes(title_text="ms", row=1, col=2)
+        fig.update_yaxes(title_text="ms per token", row=1, col=2)
         return fig
 
     def _draw(self) -> None:
