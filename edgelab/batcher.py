@@ -34,6 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.monitor import Monitor
 from edgelab.sampling import confidence, greedy
 
@@ -147,7 +148,7 @@ class Numbers:
         waits = sorted(self.queue_s) or [math.nan]
         rows = {name: f"{getattr(self, name):,}" for name in ("finished", "failed", "cancelled", "refused", "waiting", "running", "tokens")}
         rows |= {"rows per step, mean": f"{self.mean_batch:.2f}", "queued, median": f"{1e3 * waits[len(waits) // 2]:.1f} ms"}
-        return "<table>" + "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows.items()) + "</table>"
+        return html_table.facts(rows)
 
 
 class Batcher:

@@ -33,8 +33,7 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from edgelab import html_table
 from edgelab.evaluate import routers as find_routers
 from edgelab.kernels.histogram import Histogram
 from edgelab.layers import gated
@@ -730,18 +730,27 @@ class CalibStats(Mapping):
             told = f", {sum(len(r.rare) for r in rows)} of {total} experts rare, {sum(len(r.dead) for r in rows)} dead"
         return f"CalibStats({len(self)} weights, {self.tokens:,} tokens{told})"
 
-    def _repr_html_(self) -> str:
-        lines = [
-            asdict(r) | {"rare": f"{len(r.rare)}", "dead": f"{len(r.dead)}", "share_rare": f"{r.share_rare:.1%}"} for r in self.report()
+    def table(self) -> list[dict[str, str]]:
+        """A line per router, as text: how tokens were spread over its experts; without routers a line per weight."""
+        if not self.routers:
+            return [{"weight": name, "statistics": repr(stats)} for name, stats in self.items()]
+        return [
+            {
+                "router": r.router,
+                "tokens": f"{r.tokens:,}",
+                "experts": f"{r.experts}",
+                "tokens of an expert, least": f"{r.least:,}",
+                "median": f"{r.median:,}",
+                "most": f"{r.most:,}",
+                "rare": f"{len(r.rare)} (under {r.threshold:,})",
+                "dead": f"{len(r.dead)}",
+                "rows of rare experts": f"{r.share_rare:.1%}",
+            }
+            for r in self.report()
         ]
-        caption = f"<caption>{escape(repr(self))}</caption>"
-        if not lines:
-            return f"<table>{caption}</table>"
-        head = "".join(f"<th>{escape(c.replace('_', ' '))}</th>" for c in lines[0])
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(f'{v:,}' if isinstance(v, int) else v)}</td>" for v in line.values()) + "</tr>" for line in lines
-        )
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _repr_html_(self) -> str:
+        return html_table.lines(self.table(), repr(self))
 
 
 def merge(a: CalibStats, b: CalibStats) -> CalibStats:

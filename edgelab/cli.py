@@ -465,14 +465,12 @@ def info(
 ) -> None:
     """Say what MODEL is made of: family, weights by role, bits, bytes; for a bundle its recipe, and whether its files are whole."""
     local_only(model)
-    from edgelab.compress import audit
-    from edgelab.model import FAMILIES, family_of, load
+    from edgelab.model import load
+    from edgelab.summary import summary
 
-    loaded = load(model)
-    coverage = audit(loaded)
-    kind = family_of(loaded).model_type
-    known = "known" if kind in FAMILIES else "not in the table: every linear layer and embedding is walked"
-    out_console.print(f"{type(loaded).__name__}, family {kind or 'none'} ({known})\n", markup=False)
+    told = summary(load(model))
+    coverage = told.coverage
+    print_table(told.table(), "The model")
     if weights:
         rows = [
             {

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from edgelab import html_table
 from edgelab.blocks import checksum
 from edgelab.bundle import coverage_of, load_bundle, save_bundle
 from edgelab.evaluate import Measured, Scores, measure, summarise
@@ -219,12 +220,7 @@ class Comparison:
         )
 
     def to_html(self) -> str:
-        from html import escape
-
-        lines = self.table()
-        head = "".join(f"<th>{escape(k)}</th>" for k in lines[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in line.values()) + "</tr>" for line in lines)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.table())
 
     _repr_html_ = to_html
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from html import escape
 from math import prod
 from pathlib import Path
 
@@ -81,6 +82,10 @@ class Compressed:
 
     def __repr__(self) -> str:
         return f"Compressed({type(self.model).__name__}, recipe {self.recipe.digest}, {self.coverage!r})"
+
+    def _repr_html_(self) -> str:
+        remarks = "".join(f"<li>{escape(r)}</li>" for r in self.remarks)
+        return self.recipe._repr_html_() + self.coverage._repr_html_() + (f"<ul>{remarks}</ul>" if remarks else "")
 
 
 def compress(

@@ -22,11 +22,11 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from pathlib import Path
 
 from torch import nn
 
+from edgelab import html_table
 from edgelab.deploy_readme import PROMPT, readme, shape_of
 from edgelab.devices import DEVICES, Device
 from edgelab.export import TARGETS, WITH_TOKENIZER, ExportError, ExportResult, NoRuntimeError, export, written_at
@@ -75,11 +75,7 @@ class Deployment:
         return lines + [{"target": target, "verified by": f"left out: {why}"} for target, why in self.refused.items()]
 
     def _repr_html_(self) -> str:
-        lines = self.table()
-        columns = list(dict.fromkeys(c for line in lines for c in line))
-        head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(line.get(c, ''))}</td>" for c in columns) + "</tr>" for line in lines)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.table())
 
 
 def deploy(

@@ -38,6 +38,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from edgelab import html_table
 from edgelab.paths import data_dir
 from edgelab.report import Report, Row
 from edgelab.shape import ModelShape
@@ -187,14 +188,7 @@ class DeviceProfile:
         return f"DeviceProfile({self.name!r}: {self.title}, {self.soc}, {self.year}; {known}; {number})"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{escape(self.title)}</b>, {escape(self.soc)}, {self.year}</p>" + _html(self.table())
-
-
-def _html(rows: list[dict[str, str]]) -> str:
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(row.get(c, ''))}</td>" for c in columns) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<p><b>{escape(self.title)}</b>, {escape(self.soc)}, {self.year}</p>" + html_table.lines(self.table())
 
 
 def profile_of(name: str, entry: Mapping) -> DeviceProfile:
@@ -523,7 +517,7 @@ class Prediction:
         return f"Prediction({where}: {fits}, {self.binds} binds; {shown}{lacks}{warned}; modelled)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self.model)} on {escape(self.device)}, engine class {escape(self.engine)}, modelled</p>" + _html(self.table())
+        return html_table.lines(self.table(), f"{self.model} on {self.device}, engine class {self.engine}, modelled")
 
 
 def fit_memory(profile: DeviceProfile, shape: ModelShape, context: int, chunk: int = CHUNK) -> Memory:

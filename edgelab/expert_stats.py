@@ -14,7 +14,6 @@ M-SMoE (arXiv 2310.01334) groups by the router's logits. A choice with gate 0 (s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from html import escape
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from edgelab import data
+from edgelab import data, html_table
 from edgelab.blocks import _forward, _quiet, checked_batches
 from edgelab.evaluate import routers
 from edgelab.layers import gated
@@ -110,10 +109,7 @@ class ExpertStats:
         return f"ExpertStats({len(self.counts)} experts, {self.tokens:,} tokens)"
 
     def _repr_html_(self) -> str:
-        rows = self.rows()
-        head = "".join(f"<th>{escape(c)}</th>" for c in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
-        return f"<table><caption>{escape(repr(self))}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.rows(), repr(self))
 
 
 def expert_stats(model: nn.Module, batches: Sequence[Tensor], *, all_tokens: bool = True, progress: bool = True) -> dict[str, ExpertStats]:

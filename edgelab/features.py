@@ -45,6 +45,7 @@ from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from edgelab import html_table
 from edgelab.evaluate import Document, draws, spread
 from edgelab.metrics.kl_divergence.kl_divergence import token_kl
 from edgelab.report import Report, Row, machine
@@ -538,10 +539,7 @@ class Curve:
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
-        lines = self._lines()
-        head = "".join(f"<th scope='col'>{escape(c)}</th>" for c in lines[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in line.values()) + "</tr>" for line in lines)
-        return f"<p>{escape(self.told)}</p><table><caption>What states give away</caption><tr>{head}</tr>{body}</table>"
+        return f"<p>{escape(self.told)}</p>" + html_table.lines(self._lines(), "What states give away")
 
     def __repr__(self) -> str:
         lines = self._lines()

@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from types import MappingProxyType
 
 import torch
@@ -36,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgelab import html_table
 from edgelab.layers import QExperts, Quantized
 
 # --------------------------------------------------------------------------------------------------------------- folding
@@ -86,7 +86,7 @@ class Folded:
         return f"Folded({len(self.folds)} norms folded, {relus} with a ReLU behind; {len(self.left)} left{diff})"
 
     def _repr_html_(self) -> str:
-        return _html(self.table())
+        return html_table.lines(self.table(), repr(self))
 
 
 @torch.no_grad()
@@ -310,12 +310,6 @@ def _tensors(out) -> Iterator[Tensor]:
             yield from _tensors(v)
 
 
-def _html(rows: list[dict[str, str]]) -> str:
-    head = "".join(f"<th>{escape(str(k))}</th>" for k in rows[0]) if rows else ""
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 # -------------------------------------------------------------------------------------------------------------- fallback
 
 
@@ -520,7 +514,7 @@ class Replaced:
         return f"Replaced({self.rule}, {how}: {len(self.changed)} places{''.join(f'; {n}' for n in self.notes)})"
 
     def _repr_html_(self) -> str:
-        return _html(self.table())
+        return html_table.lines(self.table(), repr(self))
 
 
 def fall_back(model: nn.Module, rule: "str | Fallback") -> Replaced:

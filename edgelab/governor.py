@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from edgelab import html_table
+
 BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2}  # precisions, to know the more frugal of two
 READINGS = ("battery", "temperature_c", "load")
 CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "soc-thermal")  # psutil's names on Linux
@@ -251,8 +253,7 @@ class Decision:
     def _repr_html_(self) -> str:
         from html import escape
 
-        cells = "".join(f"<tr><th>{f.name}</th><td>{escape(str(getattr(self.setting, f.name)))}</td></tr>" for f in fields(Setting))
-        return f"<table>{cells}</table><p>{escape(self.reason)}</p>"
+        return html_table.facts((f.name, getattr(self.setting, f.name)) for f in fields(Setting)) + f"<p>{escape(self.reason)}</p>"
 
 
 def _set_at_most(runtime: Any, name: str, value: int) -> None:

@@ -27,12 +27,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.device import UNITS, DeviceProfile, Quantity, engineering
 from edgelab.meters import battery_wh, disk_bandwidth, float_peak, power_reader
 from edgelab.probes import NEW, PROBES, PROMPT, Probe, probe_model, seconds_per_token
@@ -272,10 +272,7 @@ class Host:
         return f"Host({self.machine}: reads {best / 1e9:.1f} GB/s, {peak}{fitted}; {len(self.lacks)} numbers missing)"
 
     def _repr_html_(self) -> str:
-        rows = self.table()
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in r.values()) + "</tr>" for r in rows)
-        head = "".join(f"<th>{escape(c)}</th>" for c in rows[0])
-        return f"<p>{escape(self.machine)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.table(), self.machine)
 
 
 def calibration_file() -> Path:

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from pathlib import Path
 
+from edgelab import html_table
 from edgelab.paths import data_dir
 from edgelab.report import PROVENANCES as _MEASURED
 
@@ -297,8 +298,7 @@ class Line:
         return f"{self.claim.id}: {self.entry.text} ({self.entry.provenance}): {self.verdict}"
 
     def _repr_html_(self) -> str:
-        body = "".join(f"<tr><th align=left>{escape(label)}<td align=left>{escape(text)}" for label, text in self.rows()[1:])
-        return f"<table>{body}</table>"
+        return html_table.facts(self.rows()[1:])
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -425,7 +425,7 @@ class Ledger:
         return f"Ledger of {len(self.claims)} claims: {told}"
 
     def _repr_html_(self) -> str:
-        return _html_table(self.short())
+        return html_table.lines(self.short())
 
     def to_html(self) -> str:
         """A page that stands alone: nothing is loaded from anywhere. Light or dark, as the reader's system is."""
@@ -440,7 +440,7 @@ class Ledger:
             f"<title>The claims ledger</title><style>{style}</style></head><body><h1>The claims ledger</h1>"
             f"<p>{len(self.claims)} claims: {escape(told)}. Brackets are 95 % intervals, or the band of a model. The models measured are "
             "small: a claim that fails here may hold on a larger one.</p>"
-            f"{_html_table(self.table())}</body></html>\n"
+            f"{html_table.lines(self.table())}</body></html>\n"
         )
 
     def to_latex(self) -> str:
@@ -561,12 +561,6 @@ def _share_of(claim: Claim, value: float) -> float:
 
 def _clipped(per_cent: float) -> float:
     return min(max(per_cent, LIMITS[0]), LIMITS[1])
-
-
-def _html_table(lines: list[dict[str, str]]) -> str:
-    head = "".join(f"<th scope=col align=left>{escape(k)}</th>" for k in lines[0])
-    body = "".join("<tr>" + "".join(f"<td align=left>{escape(v)}</td>" for v in line.values()) + "</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def entries_of(text: str) -> list[Entry]:

@@ -12,9 +12,10 @@ buffers in all, not one for each layer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
+
+from edgelab import html_table
 
 ALIGN = 64  # bytes: a vector never straddles two cache lines
 
@@ -111,6 +112,5 @@ class MemoryPlan:
         return "\n".join([*lines, *(f"  {name:<40} {value:>14,} bytes" for name, value in self.rows())])
 
     def _repr_html_(self) -> str:
-        body = "".join(f"<tr><td>{escape(name)}</td><td style='text-align:right'>{value:,}</td></tr>" for name, value in self.rows())
         note = f"{self.buffers} buffers; the plan saves {self.saved:.0%} of the activations, {self.saved_with_cache:.0%} with the cache."
-        return f"<table><caption>{note}</caption><thead><tr><th>memory</th><th>bytes</th></tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines([{"memory": name, "bytes": f"{value:,}"} for name, value in self.rows()], note)

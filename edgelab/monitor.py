@@ -22,10 +22,11 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import psutil
+
+from edgelab import html_table
 
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -290,9 +291,7 @@ class Monitor:
         return f"Monitor({', '.join(r['what'] + ': ' + r['value'] for r in self.summary())})"
 
     def _repr_html_(self) -> str:
-        return (
-            "<table>" + "".join(f"<tr><th>{escape(r['what'])}</th><td>{escape(r['value'])}</td></tr>" for r in self.summary()) + "</table>"
-        )
+        return html_table.facts((r["what"], r["value"]) for r in self.summary())
 
     def collect(self) -> Iterator:
         """The metrics as prometheus_client's families: what makes a monitor a collector that any registry takes."""

@@ -8,11 +8,13 @@ asymmetric scheme; the scales of MXFP4 are one byte each, their exponent + 127.
 QTensor owns the layout and never fits anything: methods produce codes and scales, `QTensor.from_codes` packs them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.scheme import PerGroup, QuantScheme
 
 _CHUNK = 1 << 18  # codes that are packed or unpacked at a time
@@ -173,3 +175,17 @@ class QTensor:
     def __repr__(self) -> str:
         dims = " x ".join(map(str, self.shape))
         return f"QTensor({dims}, {self.scheme}, {self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits per weight)"
+
+    def table(self) -> list[dict[str, str]]:
+        """A line per part that is stored, and a last one for all of it, as text."""
+        parts = {"codes": self.packed, "scales": self.scales} | ({} if self.offsets is None else {"offsets": self.offsets})
+        weights = max(math.prod(self.shape), 1)
+        lines = [(name, " x ".join(map(str, a.shape)), str(a.dtype), a.nbytes) for name, a in parts.items()]
+        lines.append(("all", " x ".join(map(str, self.shape)), str(self.scheme), self.nbytes))
+        return [
+            {"part": name, "shape": shape, "type": kind, "bytes": f"{size:,}", "bits per weight": f"{8 * size / weights:.3f}"}
+            for name, shape, kind, size in lines
+        ]
+
+    def _repr_html_(self) -> str:
+        return html_table.lines(self.table(), repr(self))

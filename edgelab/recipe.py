@@ -19,13 +19,14 @@ import hashlib
 import json
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import get_args
 
+from edgelab import html_table
 from edgelab.scheme import ActScheme, QuantScheme
 
 RANGES = ("max", "percentile", "mse", "kl", "best")  # how the range of an activation is found
@@ -856,7 +857,50 @@ class Recipe:
             raise ValueError(f"the recipe has no list of 'steps', only {sorted(d)}")
         return cls(tuple(step_of(s) for s in steps))
 
+    def __repr__(self) -> str:
+        """The steps in a line, with the settings that are not defaults; `to_json` keeps all of them.
+
+        >>> Recipe((Prune(0.5), *Recipe.body("int4-g32", method="gptq").steps))
+        Recipe(Prune(sparsity 0.5), Quantize(@router: kept, @embedding: kept, @head: kept, *: int4-g32, method gptq))
+        """
+        steps = (f"{type(step).__name__}({', '.join(_settings(step))})" for step in self.steps)
+        return f"Recipe({', '.join(steps)})"
+
+    def table(self) -> list[dict[str, str]]:
+        """A line per step, in order, as text: what it is, its settings where they are not the defaults, what data it needs.
+
+        >>> Recipe.uniform("int4-g32").table()[0]["settings"]
+        '@router: kept, @embedding: int4-g32, *: int4-g32'
+        """
+        return [
+            {
+                "step": str(i),
+                "what": type(step).__name__,
+                "settings": ", ".join(_settings(step)) or "defaults",
+                "needs": "training text" if Recipe((step,)).learns else "nothing" if Recipe((step,)).data_free else "calibration text",
+            }
+            for i, step in enumerate(self.steps, 1)
+        ]
+
+    def _repr_html_(self) -> str:
+        count = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}" if self.steps else "no steps: the model stays as it is"
+        return html_table.lines(self.table(), f"Recipe {self.digest}: {count}")
+
     @property
     def digest(self) -> str:
         """Twelve hex digits of the recipe's content: equal recipes, equal digests."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+
+def _settings(step: "Step | Method") -> Iterator[str]:
+    """As people write them: a step's first setting (what it is about), and those of it or of a method that are not the defaults."""
+    for i, f in enumerate(fields(step)):
+        value = getattr(step, f.name)
+        if f.name == "rules":
+            yield from (f"{pattern}: {'kept' if scheme is None else scheme}" for pattern, scheme in value)
+        elif isinstance(value, Method):
+            said = " ".join((type(value).__name__.lower(), *_settings(value)))
+            if said != f.default:
+                yield f"{f.name} {said}"
+        elif value != f.default or (i == 0 and not isinstance(step, Method)):
+            yield f"{f.name} {value}"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Literal
 
+from edgelab import html_table
+
 Provenance = Literal["measured here", "measured at build", "modelled"]
 PROVENANCES = ("measured here", "measured at build", "modelled")
 
@@ -66,7 +68,7 @@ class Row:
         return show(self.value) + (f" [{show(self.low)}, {show(self.high)}]" if self.low is not None else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Rows, in the order they were measured. Reports add up: `a + b`."""
 
@@ -148,10 +150,17 @@ class Report:
             rows.append(Row(**(row | {"value": math.nan if r["value"] is None else r["value"]})))
         return cls(tuple(rows))
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    def __repr__(self) -> str:
+        """How many rows of what; `table` and the notebook show them."""
+        metrics, models = list(dict.fromkeys(r.metric for r in self.rows)), self.models()
+        said = f" of {_few(models)}: {_few(metrics)}" if self.rows else ""
+        return f"Report({len(self.rows)} row{'s' * (len(self.rows) != 1)}{said})"
 
+    def _repr_html_(self) -> str:
         columns = ["metric", "on", "unit", *self.models()]
-        head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(line.get(c, ''))}</td>" for c in columns) + "</tr>" for line in self.table())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        lines = [{c: line.get(c, "") for c in columns} for line in self.table()]
+        return html_table.lines(lines, "" if lines else repr(self))
+
+
+def _few(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

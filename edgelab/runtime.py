@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.kernels import decode, pool, simd
 from edgelab.kernels._jit import ONE_AT_A_TIME
 from edgelab.kernels._jit import threads as kernel_threads
@@ -68,8 +68,7 @@ class Generation:
         return "Generation: " + "; ".join(f"{name} {value}" for name, value in self._rows())
 
     def _repr_html_(self) -> str:
-        body = "".join(f"<tr><th style='text-align:left'>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self._rows())
-        return f"<table>{body}</table>"
+        return html_table.facts(self._rows())
 
 
 class Runtime:

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.governor import DeviceState, Memory, Policy, Setting, decide
 from edgelab.report import Report, Row
 
@@ -272,7 +273,7 @@ class Trace:
         return "Trace (modelled): " + "; ".join(f"{k} {v}" for k, v in self._rows().items())
 
     def _repr_html_(self) -> str:
-        return "<table>" + "".join(f"<tr><th>{k} (modelled)</th><td>{v}</td></tr>" for k, v in self._rows().items()) + "</table>"
+        return html_table.facts((f"{k} (modelled)", v) for k, v in self._rows().items())
 
 
 def _heat(device: Device, step_s: float) -> np.ndarray:

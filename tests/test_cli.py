@@ -110,7 +110,7 @@ def test_doctor_sees_a_package_that_is_there_and_does_not_import(tmp_path, monke
 
 def test_info_of_a_model_and_of_a_bundle(model, bundle):
     result = edgelab("info", model, "--weights")
-    assert "family deepseek_v3 (known)" in result.output and "experts.gate_up_proj" in result.output
+    assert "deepseek_v3 (known)" in result.output and "experts.gate_up_proj" in result.output
     result = edgelab("info", bundle)
     assert "int4-g32" in result.output and "match their sha256" in result.output
 

@@ -45,7 +45,7 @@ def python(code: str, **environment: str) -> str:
 # ------------------------------------------------------------------------------------------------------- floors
 
 FLOORS = [
-    {"scheme", "qtensor", "recipe", "report", "device", "shape", "efficiency", "memory_plan", "paths", "manifest"},
+    {"scheme", "qtensor", "recipe", "report", "device", "shape", "efficiency", "memory_plan", "paths", "manifest", "html_table"},
     {"kernels"},
     {"methods"},
     {"data", "model", "layers", "compress", "evaluate", "metrics", "ngram", "bundle", "hf", "bnb", "pretrain", "acceptance", "export"}
@@ -55,10 +55,13 @@ FLOORS = [
     | {"dynamic", "early_exit", "sparse_attention", "cascade", "offload", "expert_cache", "fold", "vision", "lazy", "hot"}
     | {"interface", "startup", "devices", "deploy", "deploy_readme", "byte_map", "byte_formats"}
     | {"program", "decoder", "tile_store", "sampling", "batcher", "monitor", "simulate", "host", "meters", "probes"}
-    | {"features", "private", "federated"},
+    | {"features", "private", "federated", "summary", "tradeoff", "sweep_space", "sweep_run", "sweep_table"}
+    | {"paired", "significance", "receipts", "capstone"},
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
     | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"}
-    | {"cli_run", "cli_predict", "cli_ledger", "device_lab", "chat", "governor_plots", "privacy_plots", "ledger", "claims"},
+    | {"cli_run", "cli_predict", "cli_ledger", "device_lab", "chat", "governor_plots", "privacy_plots", "ledger", "claims"}
+    | {"cli_sweep", "cli_report", "cli_reproduce", "explorer_plots", "explorer_words", "explorer_page", "explorer_lab", "start_lab", "workshop"}
+    | {"reproduce", "paper_tables"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS_MAY_USE = {"numpy", "edgelab", *sys.stdlib_module_names}

@@ -17,8 +17,9 @@ weight went out unquantized, a code changed on the way) raises `ExportError` and
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
+
+from edgelab import html_table
 
 
 class ExportError(RuntimeError):
@@ -87,8 +88,7 @@ class ExportResult:
         return [{"item": k, "value": v} for k, v in lines.items()]
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{escape(line['item'])}</th><td>{escape(line['value'])}</td></tr>" for line in self.table())
-        return f"<table><tbody>{rows}</tbody></table>"
+        return html_table.facts((line["item"], line["value"]) for line in self.table())
 
 
 TARGETS = {  # and what it is called in a folder

@@ -16,13 +16,13 @@ Below "fake-quantized" nothing may be lost but the order of sums; exports are re
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from edgelab import html_table
 from edgelab.bundle import coverage_of, load_bundle, read_manifest
 from edgelab.export import TARGETS, WITH_TOKENIZER, ExportError, ExportResult, export
 from edgelab.export.checks import LENGTHS, agreement
@@ -72,10 +72,7 @@ class Ladder:
         return lines
 
     def _repr_html_(self) -> str:
-        lines = self.table()
-        head = "".join(f"<th>{escape(c)}</th>" for c in lines[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in line.values()) + "</tr>" for line in lines)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.table())
 
 
 def climb(

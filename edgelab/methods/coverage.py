@@ -7,6 +7,8 @@ So the audit counts *everything* that a model stores: norms, routers, biases, bu
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from edgelab import html_table
+
 
 @dataclass(frozen=True)
 class CoverageRow:
@@ -134,12 +136,7 @@ class Coverage:
         )
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        lines = self.table()
-        head = "".join(f"<th>{escape(c)}</th>" for c in lines[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in line.values()) + "</tr>" for line in lines)
-        return f"<table><caption>{escape(repr(self))}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table.lines(self.table(), repr(self))
 
 
 def _share(rows) -> float:
