@@ -28,6 +28,7 @@ from edgelab import plots
 from edgelab.evaluate import routers
 from edgelab.expert_stats import ExpertStats
 from edgelab.expert_steps import masked
+from edgelab.frame import frame
 from edgelab.methods.experts import matched
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.metrics.kl_divergence.kl_divergence import token_kl
@@ -397,7 +398,7 @@ class AtlasControl:
         """The inputs, the sentence, the map and the table; where no widget can be shown, a sentence that says what would be."""
         view = w.HBox([self.metric, self.domain], layout={"flex_flow": "row wrap"})
         inputs = w.HBox([self.layer, self.expert, self.action, self.into, self.go, self.back], layout={"flex_flow": "row wrap"})
-        return w.VBox([view, inputs, self.sentence, self.figure, self.table])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(view, inputs, self.sentence, self.figure, self.table)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         return f"An atlas of {len(self.atlas.routers)} x {self.atlas.experts} experts, which needs a running notebook. {self.told}"

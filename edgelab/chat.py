@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import ipywidgets as w
 
+from edgelab.frame import frame
 from edgelab.monitor import Monitor
 from edgelab.sampling import Sampler, confidence
 
@@ -415,7 +416,7 @@ class Chat:
         rows.append(w.HBox([self.temperature, self.top_p, self.most, self.remember], layout={"flex_flow": "row wrap"}))
         judged = w.HBox([w.Label("the last answer is"), self.right_button, self.wrong_button])
         counted = w.Accordion([self.numbers], titles=("What the monitor counted",), selected_index=None)
-        return w.VBox([scrolled, *rows, self.status, judged, counted])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(scrolled, *rows, self.status, judged, counted)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         if not self.turns:

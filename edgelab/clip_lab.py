@@ -19,6 +19,8 @@ from plotly.subplots import make_subplots
 from torch import nn
 
 from edgelab import plots
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.frame import frame
 from edgelab.kernels.histogram import add, empty
 from edgelab.methods.clip import RULES, Range, kl_by_hand, search, threshold
 from edgelab.metrics.kl_divergence.kl_divergence import token_kl
@@ -191,43 +193,76 @@ def hand_rows(counts: Sequence[int], levels: int) -> list[dict[str, str]]:
     ]
 
 
-def check_bins_kept(answer) -> str:
+def check_bins_kept(answer) -> Verdict:
     """Exercise 1: how many of the bins [4, 2, 1, 3] does the rule keep with 2 levels?"""
     if answer is None:
-        return "Not answered yet: put a number of bins in place of None."
+        return unanswered("a number of bins")
     steps = kl_by_hand([4, 2, 1, 3], 2)
     best = min(steps, key=lambda s: s.divergence).kept
     if answer not in {s.kept for s in steps}:
-        return f"Not yet: {answer!r} is no candidate; the loop runs from as many bins as levels (2) to all of them (4)."
+        return not_yet(f"{answer!r} is no candidate; the loop runs from as many bins as levels (2) to all of them (4)")
     if answer != best:
         s = steps[[s.kept for s in steps].index(answer)]
-        return f"Not yet: with {answer} bins KL is {s.divergence:.3f}, and another candidate has less. Did the outliers go into P only?"
-    return f"Right: {best} bins."
+        return not_yet(f"with {answer} bins KL is {s.divergence:.3f}, and another candidate has less. Did the outliers go into P only?")
+    return right(f"{best} bins")
 
 
-def check_step(answer) -> str:
+def check_step(answer) -> Verdict:
     """Exercise 2: the step of int8 for the threshold 6.35."""
     if answer is None:
-        return "Not answered yet: put a number in place of None."
-    if math.isclose(answer, 0.05, rel_tol=1e-3):
-        return "Right: 6.35 / 127 = 0.05. The codes are -127 .. 127: 127 steps on each side."
+        return unanswered("a number, the distance of two neighbouring values")
+    if (x := numbers(answer, 1)) is None:
+        return not_yet("one number, please")
+    if math.isclose(x[0], 0.05, rel_tol=1e-3):
+        return right("6.35 / 127 = 0.05. The codes are -127 .. 127: 127 steps on each side")
     hints = {6.35 / 128: "the code -128 is not used", 12.7 / 255: "codes are -127 .. 127, 254 steps", 6.35 / 255: "that is half a step"}
-    hint = next((h for v, h in hints.items() if math.isclose(answer, v, rel_tol=1e-3)), "it is the threshold over the largest code")
-    return f"Not yet: {hint}."
+    return hint(x[0], hints, "it is the threshold over the largest code", 2e-5)
 
 
-def check_costs(clip, keep) -> str:
+def check_costs(clip, keep) -> Verdict:
     """Exercise 3: mean squared error of clipping one value of 60 in 100,000 at 4, and of keeping it (8 bits)."""
     if clip is None or keep is None:
-        return "Not answered yet: put both mean squared errors in place of None."
+        return unanswered("two numbers, both mean squared errors")
+    c, k = numbers(clip, 1), numbers(keep, 1)
+    if c is None or k is None:
+        return not_yet("two numbers, please")
     wrong = []
-    if not math.isclose(clip, 56**2 / 1e5, rel_tol=0.05):
+    if not math.isclose(c[0], 56**2 / 1e5, rel_tol=0.05):
         wrong.append("clipping loses 60 - 4 once in 100,000 values, squared")
-    if not math.isclose(keep, (60 / TOP) ** 2 / 12, rel_tol=0.05):
+    if not math.isclose(k[0], (60 / TOP) ** 2 / 12, rel_tol=0.05):
         wrong.append("keeping makes the step 60 / 127 for all, and rounding errors are spread evenly over a step: step squared / 12")
     if wrong:
-        return f"Not yet: {'; '.join(wrong)}."
-    return "Right: 0.031 against 0.019. The squared error keeps the outlier; KL, which counts values, would cut it."
+        return not_yet("; ".join(wrong))
+    return right("0.031 against 0.019. The squared error keeps the outlier; KL, which counts values, would cut it")
+
+
+def check_divergence(answer) -> Verdict:
+    """Exercise 4: a function (counts, kept, levels) that returns KL(P || Q) of one candidate of TensorRT's rule, in nats."""
+
+    def twin(counts: np.ndarray, kept: int, levels: int) -> float:
+        return kl_by_hand(counts, levels)[kept - levels].divergence
+
+    r = np.random.default_rng(3)
+    bins, tail = np.array([20, 8, 6, 4, 0, 2, 3, 1]), np.sort(r.integers(1, 90, 32))[::-1].copy()
+    cases = [
+        Case(
+            "[4, 2, 1, 3], all four kept, 2 levels",
+            (np.array([4, 2, 1, 3]), 4, 2),
+            "no outliers: Q is 3 3 2 2. Both become shares before KL",
+        ),
+        Case(
+            "[4, 2, 1, 3], three kept, 2 levels",
+            (np.array([4, 2, 1, 3]), 3, 2),
+            "outliers go into P's last bin and not into Q; bin j joins level j * levels // kept",
+        ),
+        Case("section 2's bins, six kept", (bins, 6, 4), "an empty bin of Q gets nothing, and the others of its level share its count"),
+        Case("section 2's bins, five kept", (bins, 5, 4), "the last bin of P holds outliers and that of Q nothing: KL is infinite"),
+        Case("section 2's bins, all eight kept", (bins, 8, 4), "where P is zero the term is zero"),
+        Case("32 bins with a tail, 20 kept, 8 levels", (tail, 20, 8)),
+    ]
+    form = "a function of counts, kept and levels that returns KL(P || Q) in nats"
+    praise = "with a loop over all candidates this is entropy calibration; the kernel does the same in closed form, for 2,048 bins at once"
+    return check_function(answer, twin, cases, form, praise, parts=("divergence",), tolerance=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------- figures
@@ -501,7 +536,7 @@ class ThresholdControl:
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, a sentence that says what would be."""
         inputs = w.HBox([self.rule, w.HBox([self.box, self.slider])], layout={"flex_flow": "row wrap"})
-        return w.VBox([inputs, self.sentence, self.figure, self.table])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(inputs, self.sentence, self.figure, self.table)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         c = self.cost

@@ -16,11 +16,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from edgelab import governor_plots, plots
-from edgelab.device import CHUNK, CLASSES, Prediction, device, devices, engineering, plain, predict
+from edgelab.device import CHUNK, CLASSES, DeviceProfile, Efficiency, Prediction, Quantity, device, devices, engineering, plain, predict
 from edgelab.efficiency import fitted, published
-from edgelab.exercises import hint, numbers
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
 from edgelab.expert_cache import Trace as ExpertTrace
 from edgelab.expert_cache import simulate as simulate_cache
+from edgelab.frame import frame
 from edgelab.governor import PHONE, DeviceState, Memory, Policy, Setting, decide
 from edgelab.host import CODES, Host, predict_host, probe_work, work_in
 from edgelab.paths import data_dir
@@ -712,7 +713,7 @@ class DeviceControl(_Control):
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, the sentence."""
         inputs = w.HBox([self.device, self.model, self.recipe, self.engine, self._contexts, self.prompt], layout={"flex_flow": "row wrap"})
-        box = w.VBox([inputs, self.sentence, self.figure, self.table])
+        box = frame(inputs, self.sentence, self.figure, self.table)
         return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
@@ -814,7 +815,7 @@ class GovernorControl(_Control):
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The inputs, the sentence, the picture and the table; where no widget can be shown, the sentences."""
-        box = w.VBox([*self._rows, self.sentence, self.picture, self.table])
+        box = frame(*self._rows, self.sentence, self.picture, self.table)
         return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
@@ -829,31 +830,56 @@ def _figure(title: str, x: str, y: str) -> go.Figure:
 # ------------------------------------------------------------------------------------------------------- the exercises
 
 
-def _checked(answer, right: float, hints: Mapping[float, str], otherwise: str, why: str, tolerance: float) -> str:
+def _checked(answer, true: float, hints: Mapping[float, str], otherwise: str, why: str, tolerance: float, form: str) -> Verdict:
     if answer is None:
-        return "Not answered yet: put a number in place of None."
+        return unanswered(form)
     given = numbers(answer, 1)
     if given is None:
-        return "Not yet: one number."
-    if abs(given[0] - right) <= tolerance:
-        return f"Right: {why}."
-    return hint(given[0], hints, otherwise, tolerance)
+        return not_yet("one number")
+    return right(why) if abs(given[0] - true) <= tolerance else hint(given[0], hints, otherwise, 5e-3)
 
 
-def check_speed(answer) -> str:
-    """Exercise 1: tokens per second of 1.5e9 weights at 4.5 bits, 68 GB/s of which 60 % are reached."""
-    hints = {
-        68 / (1.5 * 4.5 / 8): "software reaches only 60 % of the bandwidth",
-        0.6 * 68 / (1.5 * 4.5): "4.5 bits are not 4.5 bytes",
-        0.6 * 68 / (1.5 * 0.5): "a scale for each 32 weights is read, too: 4.5 bits, not 4",
-        0.6 * 68 / (1.5 * 2): "these are 16 bits per weight",
-        1.5 * 4.5 / 8 / (0.6 * 68): "these are the seconds per token",
-    }
-    why = "0.6 · 68 GB/s over 1.5 · 4.5 / 8 = 0.844 GB per token"
-    return _checked(answer, 0.6 * 68 / (1.5 * 4.5 / 8), hints, "bytes per second over bytes per token", why, 0.15)
+def decode_speed(weights: int, bits: float, kv_bytes: float, bandwidth: float, share: float, peak: float) -> float:
+    """Tokens per second by `device.predict`: `weights` of `bits` each and a cache of `kv_bytes`, a memory of `bandwidth` bytes/s of which
+    software reaches `share`, arithmetic of `peak` operations/s (all of it reached), and no time per layer."""
+    known = ("", "derived")
+    profile = DeviceProfile(
+        "by-hand", "by hand", "board", "none", 2024, dram_bytes_per_s=Quantity(bandwidth, "B/s", "given", known[1]),
+        cpu_int8_ops_per_s=Quantity(peak, "op/s", "given", known[1]),
+    )  # fmt: skip
+    shape = ModelShape(
+        "by-hand", layers=1, hidden=1, inner=1, vocab=1, dense_bytes=weights * bits / 8, embedding_bytes=0.0, dense_weights=weights,
+        kv_bytes_per_token_layer=kv_bytes, attention_ops=0.0,
+    )  # fmt: skip
+    efficiency = Efficiency("cpu", eta=share, tau_s=0.0, gamma=1.0)
+    return predict(profile, shape, context=1, prompt=1, engine="cpu", efficiency=efficiency).decode.value
 
 
-def check_cache(answer) -> str:
+def check_roofline(answer) -> Verdict:
+    """Exercise 1: a function of (weights, bits, kv_bytes, bandwidth, share, peak) that returns tokens per second."""
+    cases = [
+        Case(
+            "1.5 billion weights of 4.5 bits, no cache, 60 % of 68 GB/s",
+            (1_500_000_000, 4.5, 0.0, 68e9, 0.6, 1e18),
+            "bytes are weights * bits / 8, and software reaches only a share of the bandwidth",
+        ),
+        Case(
+            "the same with a cache of 400 MB", (1_500_000_000, 4.5, 4e8, 68e9, 0.6, 1e18), "keys and values are read for every token, too"
+        ),
+        Case(
+            "a slow processor",
+            (1_500_000_000, 4.5, 0.0, 68e9, 0.6, 5e10),
+            "arithmetic takes 2 operations per weight; memory and arithmetic overlap, so the slower of the two decides",
+        ),
+        Case("16 bits", (400_000_000, 16.0, 1e8, 25e9, 0.8, 1e18), "16 bits are two bytes"),
+    ]
+    form = "a function of weights, bits, kv_bytes, bandwidth, share and peak that returns tokens per second"
+    return check_function(
+        answer, decode_speed, cases, form, "the roofline of `device.predict`, its time per layer left out", tolerance=1e-6
+    )
+
+
+def check_cache(answer) -> Verdict:
     """Exercise 2: MB of the cache of Llama-3.2-1B at 4,096 tokens in float16."""
     one = 16 * 8 * 64 * 2 * 4096 / 1e6  # keys alone
     hints = {
@@ -861,13 +887,13 @@ def check_cache(answer) -> str:
         8 * one: "the cache has 8 heads of keys and values, not 32",
         4 * one: "float16 has two bytes",
         2 * one / 16: "every layer has a cache of its own",
+        2 * one * 1e6: "in MB, please",
     }
-    return _checked(
-        answer, 2 * one, hints, "2 · layers · heads of keys · their size · bytes · tokens", "2 · 16 · 8 · 64 · 2 · 4,096 bytes", 1.0
-    )
+    why, form = "2 · 16 · 8 · 64 · 2 · 4,096 bytes", "a number of MB"
+    return _checked(answer, 2 * one, hints, "2 · layers · heads of keys · their size · bytes · tokens", why, 1.0, form)
 
 
-def check_static(answer) -> str:
+def check_static(answer) -> Verdict:
     """Exercise 3: the static power at which 2 W of compute going down to 1 W lengthen the life by 40 %."""
     hints = {
         0.0: "without static power the gain is 2 / 1 - 1 = 100 %",
@@ -875,15 +901,17 @@ def check_static(answer) -> str:
         2.5: "1 W saved, of what total is that 40 %? The gain is (P + 2) / (P + 1) - 1",
         3.0: "at 3 W it is 5 / 4 - 1 = 25 %",
     }
-    return _checked(answer, 1.5, hints, "solve (P + 2) / (P + 1) = 1.4 for P", "(1.5 + 2) / (1.5 + 1) = 1.4", 0.02)
+    return _checked(answer, 1.5, hints, "solve (P + 2) / (P + 1) = 1.4 for P", "(1.5 + 2) / (1.5 + 1) = 1.4", 0.02, "a number of watts")
 
 
-def check_flash(answer) -> str:
+def check_flash(answer) -> Verdict:
     """Exercise 4: tokens per second, 10 ms in RAM and 20 % of 300 MB of experts from a flash of 4 GB/s."""
     hints = {
         1e3 / 15: "the 10 ms are still there",
         100.0: "a fifth of the experts is read from flash",
         1e3 / (10 + 60): "80 % are hits, and only what is missed is read",
         1e3 / 85: "20 % of the 300 MB, not all of them",
+        166.667: "speeds do not add up, times do",
     }
-    return _checked(answer, 40.0, hints, "add the time of the bytes that are missed", "10 ms + 0.2 · 300 MB / 4 GB/s = 25 ms", 0.4)
+    why = "10 ms + 0.2 · 300 MB / 4 GB/s = 25 ms"
+    return _checked(answer, 40.0, hints, "add the time of the bytes that are missed", why, 0.4, "a number of tokens per second")

@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from edgelab import plots, studies, words
 from edgelab.compress import Compressed
 from edgelab.evaluate import evaluate
-from edgelab.exercises import numbers
-from edgelab.expert_cache import CacheRow
-from edgelab.expert_stats import ExpertStats, expert_stats
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.expert_cache import CacheRow, Trace
+from edgelab.expert_cache import simulate as simulate_cache
+from edgelab.expert_stats import ExpertStats
 from edgelab.expert_steps import clustered, merge
+from edgelab.methods.experts import least
 from edgelab.prune_lab import race
 from edgelab.recipe import Route
 from edgelab.report import Report
 from edgelab.routing import active_experts, flops_per_token, route
 from edgelab.scheme import QuantScheme
+from edgelab.surgery import keep_experts
 
 Domains = Mapping[str, Mapping[str, ExpertStats]]  # as of expert_stats.by_domain
 
@@ -212,12 +215,37 @@ def without_largest(stats: Domains, share: float = 0.25) -> dict[str, list[int]]
     return found
 
 
-def merged_all_rows(model: nn.Module, method: str, batches: Sequence[Tensor], share: float = 0.5) -> nn.Module:
-    """A copy whose experts are merged as `MergeExperts(share, method)` does, with all rows of the routers kept (`expert_steps.merge`)."""
-    found, twin = expert_stats(model, batches, all_tokens=method == "outputs", progress=False), copy.deepcopy(model)
-    clusters = {name: clustered(s, method, len(s.counts) - round(share * len(s.counts))) for name, s in found.items()}
-    merge(twin, clusters, {name: s.counts for name, s in found.items()}, all_rows=True)
+def dropped(model: nn.Module, stats: Mapping[str, ExpertStats], share: float, method: str, seed: int = 0) -> nn.Module:
+    """A copy without `share` of each mixture's experts, as `DropExperts(share, method=method, seed=seed)` cuts it: by "reap",
+    "frequency" or "random", from statistics that were read once for all choices. Raises ValueError for another method."""
+    scores = {"reap": lambda s: s.reap, "frequency": lambda s: s.counts}
+    if method not in (*scores, "random"):
+        raise ValueError(f"method={method!r} is not one of {', '.join(scores)}, random; use compress with DropExperts")
+    rng, kept = np.random.default_rng(seed), {}
+    for name, s in stats.items():
+        n = round(share * len(s.counts))
+        if method == "random":
+            kept[name] = sorted(rng.permutation(len(s.counts))[: len(s.counts) - n].tolist())
+        else:
+            gone = least(scores[method](s), n)
+            kept[name] = [e for e in range(len(s.counts)) if e not in gone]
+    twin = copy.deepcopy(model)
+    keep_experts(twin, kept)
     return twin
+
+
+def merged_experts(
+    model: nn.Module, stats: Mapping[str, ExpertStats], method: str, share: float = 0.5, *, all_rows: bool = False
+) -> tuple[nn.Module, str]:
+    """(a copy whose experts are merged as `MergeExperts(share, method=method)` does it, the clusters in words).
+
+    `stats` of all tokens for the method "outputs". `all_rows`: all rows of the routers are kept (`expert_steps.merge`).
+    """
+    clusters = {name: clustered(s, method, len(s.counts) - round(share * len(s.counts))) for name, s in stats.items()}
+    twin = copy.deepcopy(model)
+    merge(twin, clusters, {name: s.counts for name, s in stats.items()}, all_rows=all_rows)
+    told = "; ".join(f"mixture {i}: " + " ".join("+".join(map(str, c)) for c in found) for i, found in enumerate(clusters.values()))
+    return twin, f"merged by {method}: {told}"
 
 
 def outcome_rows(report: Report, kld_on: Sequence[str] | None = None, *, size: bool = True) -> list[dict[str, str]]:
@@ -447,15 +475,19 @@ def _near(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(math.isclose(x, y, rel_tol=5e-3) for x, y in zip(a, b, strict=True))
 
 
-def check_reap(scores, dropped) -> str:
-    """Exercise 1: the REAP scores of A, B, C and the name of the expert that goes first."""
-    if scores is None or dropped is None:
-        return "Not answered yet: put a list of three scores and a name in place of None."
+def check_reap(answer) -> Verdict:
+    """Exercise 1: (the REAP scores of A, B, C, the name of the expert that goes first)."""
+    form = "a pair: a list of three scores, and the name of the expert that goes"
+    if answer is None:
+        return unanswered(form)
+    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != 2 or answer[0] is None or answer[1] is None:
+        return not_yet(f"asked is {form}, as in ([1, 2, 3], 'A')")
+    scores, dropped = answer
     given = numbers(scores, 3)
     if given is None:
-        return "Not yet: three numbers, the scores of A, B and C."
+        return not_yet("three numbers, the scores of A, B and C, come first")
     tokens = [t for _, t in EXERCISE_TOKENS]
-    right = [sum(g * n for g, n in t) / len(t) for t in tokens]
+    true = [sum(g * n for g, n in t) / len(t) for t in tokens]
     total = sum(map(len, tokens))
     hints = (
         (
@@ -471,30 +503,62 @@ def check_reap(scores, dropped) -> str:
             "multiply token by token, then take the mean: the mean of products is not the product of means",
         ),
     )
-    if not _near(given, right):
-        hint = next((h for wrong, h in hints if _near(given, wrong)), "for each expert the mean over its tokens of gate times norm")
-        return f"Not yet: {hint}."
-    if str(dropped).strip().upper() != "C":
-        if str(dropped).strip().upper() == "B":
-            return "Not yet: the scores are right, but B is the rarest, not the weakest. REAP drops the least score."
-        return "Not yet: the scores are right; REAP drops the expert of the least score."
-    return "Right: 0.8, 3.6 and 0.5, so C goes. By frequency B would go, which does most where it is needed."
+    if not _near(given, true):
+        return not_yet(
+            next((h for wrong, h in hints if _near(given, wrong)), "for each expert the mean over its tokens of gate times norm")
+        )
+    name = str(dropped).strip().upper()
+    if name == "B":
+        return not_yet("the scores are right, but B is the rarest, not the weakest. REAP drops the least score")
+    if name != "C":
+        return not_yet("the scores are right; REAP drops the expert of the least score")
+    return right("0.8, 3.6 and 0.5, so C goes. By frequency B would go, which does most where it is needed")
+
+
+def reap_of(gates: Tensor, norms: Tensor, chosen: Tensor, experts: int) -> Tensor:
+    """[experts]: the REAP scores as `ExpertStats` makes them of gates, norms and choices [tokens, k]."""
+    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    sums = torch.zeros(experts, dtype=torch.float64).index_add_(0, chosen.flatten(), (gates * norms).double().flatten())
+    zeros, square = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, experts, dtype=torch.float64)
+    return ExpertStats(len(chosen), counts, zeros, zeros, sums, square.long(), zeros[:, None], zeros, square).reap
+
+
+def check_reap_function(answer) -> Verdict:
+    """Exercise 2: a function of (gates, norms, chosen [tokens, k], experts) that returns the REAP scores [experts]."""
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(40)])
+    chosen[chosen == 3] = 4  # expert 3 of five is never chosen
+    gates, norms = torch.rand(40, 2, generator=generator), 0.5 + 3 * torch.rand(40, 2, generator=generator)
+    small = (torch.tensor([[0.5], [0.25], [1.0]]), torch.tensor([[2.0], [4.0], [3.0]]), torch.tensor([[0], [0], [1]]), 2)
+    cases = [
+        Case("three tokens, one expert each", small, "expert 0 got two tokens: (0.5 * 2 + 0.25 * 4) / 2; expert 1 got one"),
+        Case(
+            "40 tokens, two of five experts each",
+            (gates, norms, chosen, 5),
+            "the mean over the tokens that chose THIS expert; nobody chose 3",
+        ),
+        Case("experts that nobody chose", (gates[:1], norms[:1], chosen[:1], 6), "an expert without a token has score 0, not NaN"),
+    ]
+    form = "a function of gates, norms and chosen [tokens, k] and the number of experts, that returns a score per expert"
+    return check_function(
+        answer, reap_of, cases, form, "the scores that `DropExperts` ranks by, also of experts that nobody chose", tolerance=1e-5
+    )
 
 
 EXERCISE_WEIGHTS = 98_304  # of one expert of the embedded model: 3 * 256 * 128
 
 
-def check_bytes(answer) -> str:
-    """Exercise 2: bytes of 16 experts, 4 of them int4-g32 and 12 int2-g32."""
+def check_bytes(answer) -> Verdict:
+    """Exercise 3: bytes of 16 experts, 4 of them int4-g32 and 12 int2-g32."""
     if answer is None:
-        return "Not answered yet: put a number of bytes in place of None."
+        return unanswered("a number of bytes")
     given = numbers(answer, 1)
     if given is None:
-        return "Not yet: one number, please."
+        return not_yet("one number, please")
     n = EXERCISE_WEIGHTS
-    right = n * (4 * 4.5 + 12 * 2.5) / 8
-    if given[0] == right:
-        return f"Right: {right:,.0f} bytes, 3 bits per weight on average, a scale for 32 weights counted."
+    true = n * (4 * 4.5 + 12 * 2.5) / 8
+    if given[0] == true:
+        return right(f"{true:,.0f} bytes, 3 bits per weight on average, a scale for 32 weights counted")
     hints = {
         n * (4 * 4 + 12 * 2) / 8: "each 32 weights have a scale of 16 bits, half a bit per weight more",
         n * (4 * 4.5 + 12 * 2.5): "these are bits; a byte has 8 of them",
@@ -502,38 +566,29 @@ def check_bytes(answer) -> str:
         n * (4.5 + 2.5) / 2 / 8 * 16: "scales are float16, half a bit per weight; and 12 of 16 experts have 2 bits, not half of them",
         n * 3.0 / 8: "that is one expert; there are 16",
     }
-    hint = next((h for v, h in hints.items() if math.isclose(given[0], v)), "add weights x effective bits / 8 over the 16 experts")
-    return f"Not yet: {hint}."
+    return hint(given[0], hints, "add weights x effective bits / 8 over the 16 experts", tolerance=1e-7)
 
 
-def check_lru(answer) -> str:
-    """Exercise 3: the hits of an LRU cache on `EXERCISE_TRACE`, one expert per token, as a number of hits."""
-    if answer is None:
-        return "Not answered yet: put the number of hits in place of None."
-    given = numbers(answer, 1)
-    if given is None:
-        return "Not yet: one number, please."
-    right = _hits(EXERCISE_TRACE, EXERCISE_CAPACITY)
-    if given[0] == right:
-        return f"Right: {right} of {len(EXERCISE_TRACE)}. 4 takes the place of 2, which comes next; who knew the future would hit 4 times."
-    hints = {
-        len(EXERCISE_TRACE) - right: "these are the misses",
-        right / len(EXERCISE_TRACE): "that is the hit rate; asked is the number of hits",
-        2: "that is first in, first out; under lru a hit makes an expert the newest, so 4 takes the place of 2, not of 1",
-        4: "that is Belady's bound: lru does not know that 2 is wanted next, and gives its place to 4",
-        1: "count also the uses at the end, when 1 and 2 are both there",
-    }
-    return f"Not yet: {hints.get(given[0], 'write down the three experts in RAM after each token, oldest use first')}."
+def lru_hits(wanted: Sequence[int], capacity: int) -> int:
+    """The hits of an LRU cache of `capacity` experts, empty at first, when token after token wants one expert: as `expert_cache` counts."""
+    if not len(wanted):
+        return 0
+    trace = Trace(np.asarray(wanted, np.int16).reshape(1, -1, 1), int(max(wanted)) + 1, (1.0,), ("mixture",))
+    return len(wanted) - simulate_cache(trace, capacity).misses
 
 
-def _hits(trace: Sequence[int], capacity: int) -> int:
-    held: list[int] = []
-    hits = 0
-    for e in trace:
-        if e in held:
-            held.remove(e)
-            hits += 1
-        elif len(held) == capacity:
-            held.pop(0)
-        held.append(e)
-    return hits
+def check_lru(answer) -> Verdict:
+    """Exercise 4: a function of (wanted experts, capacity) that returns the hits of an LRU cache."""
+    long = np.random.default_rng(5).integers(0, 6, 60).tolist()
+    cases = [
+        Case(f"the experts {', '.join(map(str, EXERCISE_TRACE))} and room for 3", (list(EXERCISE_TRACE), 3), _LRU_HINT),
+        Case("room for one", ([2, 2, 2, 1, 1, 2], 1), "every change of the expert is a miss, every repetition a hit"),
+        Case("60 tokens, six experts, room for 4", (long, 4), _LRU_HINT),
+        Case("room for all", (long, 6), "only the first use of each expert misses"),
+        Case("no token at all", ([], 3), "nothing was wanted, so nothing hit"),
+    ]
+    form = "a function of a list of experts and a capacity that returns the number of hits"
+    return check_function(answer, lru_hits, cases, form, "as `expert_cache.simulate` counts; who knew the future would hit 4 of the 8")
+
+
+_LRU_HINT = "write down what is in RAM after each token, the oldest use first; a hit makes its expert the newest"

@@ -11,14 +11,17 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as w
+import numpy as np
 import plotly.graph_objects as go
 import torch
 
 from edgelab import byte_picture
 from edgelab.byte_map import BLOCKS, KINDS, ByteMap, Segment, row_prints
 from edgelab.byte_picture import BytePicture
-from edgelab.exercises import numbers
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
 from edgelab.export import TARGETS, ExportError, ExportResult, export, verify
+from edgelab.export.gguf_file import Q4_0, blocks
+from edgelab.frame import frame
 from edgelab.report import Report
 
 # ---------------------------------------------------------------------------------------------------- side by side
@@ -267,55 +270,100 @@ def page(folder: str | Path, height: int = 620) -> Page:
 # ------------------------------------------------------------------------------------------------------- the exercises
 
 
-def check_blocks(answer) -> str:
-    """Exercise 1: bytes of a 512 x 256 weight in Q4_0."""
+def q4_0_block(scale: float, codes: Sequence[int]) -> list[int]:
+    """The 18 bytes of one block of Q4_0: `scale` as float16, then 32 `codes` 0 .. 15. By `export.gguf_file.blocks`."""
+    return blocks(Q4_0, np.asarray(codes, np.uint8)[None], np.array([[scale]], np.float16))[0].tolist()
+
+
+def check_block(answer) -> Verdict:
+    """Exercise 1: a function of (scale, 32 codes) that returns the 18 bytes of a Q4_0 block."""
+    rng = np.random.default_rng(8)
+    codes = list(range(16)) + [0] * 16
+    cases = [
+        Case(
+            "scale 1 and the codes 0, 1, 2 .. 15, then zeros",
+            (1.0, codes),
+            "first the float16 (1.0 is 0x3c00, the low byte first), then 16 bytes: byte j has code j low and code 16 + j high",
+        ),
+        Case(
+            "the same codes in the second half",
+            (1.0, codes[16:] + codes[:16]),
+            "byte j holds code j in its low and code 16 + j in its high nibble",
+        ),
+        Case("a scale of 0.0123", (0.0123, [8] * 32), "the scale is rounded to float16; np.float16(scale).tobytes() has its two bytes"),
+        Case(
+            "random codes and a negative scale",
+            (-2.5, rng.integers(0, 16, 32).tolist()),
+            "codes go in as they are, 0 .. 15; the reader takes 8 off",
+        ),
+    ]
+    form = "a function of a scale and a list of 32 codes that returns a list of 18 bytes, 0 .. 255"
+    return check_function(answer, q4_0_block, cases, form, "18 bytes for 32 weights, 4.5 bits each, as llama.cpp reads them")
+
+
+def varint(value: int) -> list[int]:
+    """The bytes of a whole number as protobuf writes it: seven bits each, the lowest first, the highest bit set where more follow.
+
+    >>> varint(32_768), varint(5)
+    ([128, 128, 2], [5])
+    """
+    found = [value & 127]
+    while value := value >> 7:
+        found[-1] |= 128
+        found.append(value & 127)
+    return found
+
+
+def check_varint(answer) -> Verdict:
+    """Exercise 2: a function of a whole number that returns the bytes of its varint."""
+    cases = [
+        Case("300", (300,), "300 is 2 * 128 + 44: seven bits to a byte, the lowest first, and 128 is added where more follow"),
+        Case("5", (5,), "one byte is enough, and nothing follows it"),
+        Case("127", (127,), "seven bits still fit into one byte"),
+        Case("128", (128,), "the first number that needs two bytes: 128, 1"),
+        Case("32,768", (32_768,), "32,768 is 2 * 128 * 128"),
+        Case("0", (0,), "nothing is not what a reader expects: it is one byte, 0"),
+        Case("2 ** 40 + 1", (2**40 + 1,), "lengths above four gigabytes exist"),
+    ]
+    form = "a function of a whole number that returns a list of bytes, 0 .. 255, the first byte first"
+    return check_function(answer, varint, cases, form, "as in front of every weight of an ONNX file")
+
+
+def check_refusals(answer) -> Verdict:
+    """Exercise 3: who refuses a bundle in which one bit of a scale was turned."""
     if answer is None:
-        return "Not answered yet: put a number in place of None."
+        return unanswered('a set of names, as in {"load_bundle"}')
+    if not isinstance(answer, str | set | frozenset | list | tuple):
+        return not_yet(f"a set of names, please; this is a {type(answer).__name__}")
+    names, known = {str(a) for a in answer} if not isinstance(answer, str) else {answer}, {"load_bundle", "verify_bundle", "update"}
+    if names - known:
+        return not_yet(f"names of {', '.join(sorted(known))}; {min(names - known)!r} is none")
+    if names == {"verify_bundle", "update"}:
+        return right("these two compare sha256. load_bundle looks at names and sizes, which did not change")
+    if "load_bundle" in names:
+        return not_yet("load_bundle looks at names and sizes; did these change?")
+    if names == {"verify_bundle"}:
+        return not_yet("a slot verifies what it is given before it swaps: section 6")
+    return not_yet("who compares the sha256 of every file?")
+
+
+def check_blocks(answer) -> Verdict:
+    """Exercise 4: bytes of a 512 x 256 weight in Q4_0."""
+    if answer is None:
+        return unanswered("a number of bytes")
     given = numbers(answer, 1)
     if given is None:
-        return "Not yet: one number, the bytes."
+        return not_yet("one number, the bytes")
     hints = {
         65_536.0: "these are the codes; each block has a scale as well",
         81_920.0: "the scale is a float16, two bytes",
         4_096.0: "this is the number of blocks; how many bytes has one?",
         65_536.0 + 512 * 2: "one scale for each block of 32, not for each row",
+        589_824.0: "these are bits; a byte has 8 of them",
     }
     if given[0] == 512 * 256 / 32 * 18:
-        return "Right: 4,096 blocks of 2 + 16 bytes, 4.5 bits per weight."
-    return f"Not yet: {hints.get(given[0], 'blocks of 32 weights, and the bytes of one block')}."
-
-
-def check_varint(answer) -> str:
-    """Exercise 2: the bytes of the varint 32,768."""
-    if answer is None:
-        return "Not answered yet: put a list of numbers in place of None."
-    given = next((g for n in range(1, 9) if (g := numbers(answer, n)) is not None), None)
-    if given is None:
-        return "Not yet: a list of numbers from 0 to 255, first byte first."
-    hints = {
-        (2, 128, 128): "the lowest seven bits come first",
-        (0, 0, 2): "every byte but the last has its highest bit set: it says that more follow",
-        (128, 128, 130): "the last byte has its highest bit clear",
-        (128, 0): "seven bits to a byte, not eight, and the lowest first",
-        (0, 128): "seven bits to a byte, not eight; the eighth says whether more follow",
-    }
-    if given == [128, 128, 2]:
-        return "Right: 0, 0 and 2 in groups of seven bits, the first two marked: more follow."
-    return f"Not yet: {hints.get(tuple(int(g) for g in given), 'write 32,768 in groups of seven bits, the lowest first')}."
-
-
-def check_refusals(answer) -> str:
-    """Exercise 3: who refuses a bundle in which one bit of a scale was turned."""
-    if answer is None:
-        return "Not answered yet: put a set of names in place of None."
-    names, known = {str(a) for a in answer} if not isinstance(answer, str) else {answer}, {"load_bundle", "verify_bundle", "update"}
-    if names - known:
-        return f"Not yet: names of {', '.join(sorted(known))}; {min(names - known)!r} is none."
-    if names == {"verify_bundle", "update"}:
-        return "Right: these two compare sha256. load_bundle looks at names and sizes, which did not change."
-    return "Not yet: " + (
-        "load_bundle looks at names and sizes; did these change?" if "load_bundle" in names else "who compares the sha256 of every file?"
-    )
+        return right("4,096 blocks of 2 + 16 bytes, 4.5 bits per weight")
+    return hint(given[0], hints, "blocks of 32 weights, and the bytes of one block", tolerance=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------- the control
@@ -413,7 +461,7 @@ class MapControl:
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, the sentence."""
         inputs = w.HBox([self.file, self.kind], layout={"flex_flow": "row wrap"})
-        box = w.VBox([inputs, self.sentence, self.figure, self.table])
+        box = frame(inputs, self.sentence, self.figure, self.table)
         return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     @property

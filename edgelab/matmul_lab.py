@@ -20,14 +20,16 @@ import plotly.graph_objects as go
 import torch
 
 from edgelab import plots
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
 from edgelab.kernels import simd
 from edgelab.kernels._jit import threads
 from edgelab.kernels.ceiling import integer_peak, read_bandwidth
 from edgelab.kernels.matmul import ACTIVATIONS, qmatmul
 from edgelab.kernels.pack import VECTOR, Tiles, aligned, tile
-from edgelab.kernels.reference import BOUNDS, PAIRS
+from edgelab.kernels.reference import BOUNDS, PAIRS, quantize_rows
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.qtensor import QTensor
+from edgelab.qtensor import pack as pack_codes
 from edgelab.scheme import PerGroup, QuantScheme
 
 # Bytes of copies: as many as the loop that measures the memory reads, for a cache that holds 32 MB still serves part of 96 MB
@@ -532,3 +534,78 @@ def say_errors(errors: Sequence[WeightError]) -> str:
             f"by {percent(worst.rms)} % ({worst.bits_per_weight:.2f})"
         )
     return f"Error in % of the weight's root mean square: {'; '.join(parts)}."
+
+
+# ----------------------------------------------------------------------------------------------------------- exercises
+
+READ_GB_S, PRODUCTS_G_S = 40, 800  # of a machine in the exercise: memory, and multiply-adds of bytes
+
+
+def check_knee(answer) -> Verdict:
+    """Exercise 1: from how many rows on a product with an int4-g32 weight takes longer to compute than to read."""
+    if answer is None:
+        return unanswered("a number of rows")
+    if (x := numbers(answer, 1)) is None:
+        return not_yet("one number, please")
+    bits = QuantScheme.parse("int4-g32").bits_per_weight((4096, 4096))
+    wanted = bits / 8 / READ_GB_S * PRODUCTS_G_S
+    if wanted - 0.05 <= x[0] <= math.ceil(wanted) + 0.05:
+        return right(
+            f"4.5 / 8 bytes per weight at 40 GB/s, and one multiply-add per weight and row at 800 G/s: {wanted:.2f} rows, whatever the size"
+        )
+    hints = {
+        4 / 8 / READ_GB_S * PRODUCTS_G_S: "int4-g32 reads 4.5 bits per weight, scales and all",
+        wanted / 2: "800 G/s counts multiply-adds, one per weight and row; an operation is not counted twice",
+        8 * wanted: "GB are bytes, and 4.5 is a number of bits",
+        1 / wanted: "turn it over: how many rows are computed in the time of reading the weight once?",
+        PRODUCTS_G_S / READ_GB_S: "that is the number of multiply-adds per byte; a weight takes less than a byte",
+        2 / READ_GB_S * PRODUCTS_G_S: "that would be weights of 16 bits",
+    }
+    return hint(x[0], hints, "per weight: time to read its bits = rows * time of a multiply-add", 0.05)
+
+
+def check_pack(answer) -> Verdict:
+    """Exercise 2: a function of codes uint8 [n], each 0 .. 15, that returns them two to a byte, the first in the low half."""
+    r = np.random.default_rng(1)
+    cases = [
+        Case("the codes 1 and 2", (np.array([1, 2], np.uint8),), "the first code is in the low half: 1 + 16 * 2"),
+        Case("four codes", (np.array([3, 0, 15, 9], np.uint8),), "neighbours share a byte: codes 0 and 1, then 2 and 3"),
+        Case("an odd number of codes", (np.array([7, 1, 12], np.uint8),), "the last byte has one code, and zeros in its high half"),
+        Case("one code", (np.array([5], np.uint8),)),
+        Case("a row of 257 codes", (r.integers(0, 16, 257, np.uint8),)),
+    ]
+    form = "a function of an array of codes (uint8, each 0 .. 15) that returns the bytes as an array"
+    praise = "this is how a QTensor stores its rows. A kernel's tiles put codes 0 and 4 into one byte (section 5): a mask and a shift again"
+    return check_function(answer, lambda codes: pack_codes(codes, 4), cases, form, praise, parts=("bytes",))
+
+
+def check_activations(answer) -> Verdict:
+    """Exercise 3: a function of one group of activations that returns (codes -127 .. 127, step)."""
+
+    def twin(x: np.ndarray) -> tuple[np.ndarray, float]:
+        codes, scales = quantize_rows(x[None], len(x))
+        return codes[0, 0], float(scales[0, 0])
+
+    r = np.random.default_rng(2)
+    cases = [
+        Case(
+            "a group whose largest is 2.54",
+            (np.array([2.54, -0.01, 0.333, 1.0], np.float32),),
+            "the largest becomes 127: the step is 2.54 / 127",
+        ),
+        Case(
+            "a group whose largest magnitude is negative",
+            (np.array([0.4, -5.08, 0.05, 3.0], np.float32),),
+            "it is the magnitude that counts",
+        ),
+        Case(
+            "values between two codes",
+            (np.array([127.0, 0.6, -0.6, 3.4, -7.9], np.float32),),
+            "round to the nearest code, on both sides of zero",
+        ),
+        Case("a group of zeros", (np.zeros(4, np.float32),), "no code is 0 / 0: a step of 0 asks for codes of 0"),
+        Case("a group of random values", (r.standard_normal(32).astype(np.float32),)),
+    ]
+    form = "a function of a group of activations that returns (codes, step)"
+    praise = "symmetric, one step for a group, zeros stay zero: what the kernel does with each row before it multiplies integers"
+    return check_function(answer, twin, cases, form, praise, parts=("codes", "step"), tolerance=1e-5)

@@ -44,7 +44,7 @@ _SCRIPT = """
   for (const div of plots) {
     const fig = JSON.parse(div.nextElementSibling.textContent);
     div.replaceChildren();
-    Plotly.newPlot(div, fig.data, fig.layout, { responsive: true, displaylogo: false })
+    Plotly.newPlot(div, fig.data, fig.layout, { responsive: true, displaylogo: false, showSendToCloud: false })
       .then(() => Plotly.relayout(div, ink()));
   }
   dark.addEventListener("change", () => plots.forEach(div => Plotly.relayout(div, ink())));

@@ -27,7 +27,8 @@ from edgelab.compare import pool
 from edgelab.compress import Compressed
 from edgelab.dynamic import saved
 from edgelab.evaluate import Measured, measure, summarise
-from edgelab.exercises import hint, numbers
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.frame import frame
 from edgelab.kernels.matmul import qmatmul
 from edgelab.kernels.pack import tile
 from edgelab.kernels.sparse import bitmap_matmul, bits, columns, csr_matmul
@@ -770,7 +771,7 @@ class ZerosControl:
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, a sentence that says what would be."""
         inputs = w.HBox([self.method, self.pattern, self.percent], layout={"flex_flow": "row wrap"})
-        return w.VBox([inputs, self.sentence, self.figure, self.table])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(inputs, self.sentence, self.figure, self.table)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         p = self.chosen[-1]
@@ -784,19 +785,19 @@ _KEPT, _LOSS = [0, 1, 1, 0], 0.25  # scores .4 1 .9 .3; .4^2 + .3^2
 _SHARE, _FEED_FORWARD = 0.75, 0.6
 
 
-def check_wanda(mask, loss) -> str:
+def check_wanda(mask, loss) -> Verdict:
     """Exercise 1: which two of `EXERCISE_ROW` Wanda keeps (1 or 0 each), and the squared output error that this adds."""
     if mask is None or loss is None:
-        return "Not answered yet: put a list of four 0s and 1s and a number in place of None."
+        return unanswered("a list of four 0s and 1s, and a number")
     m, x = numbers(mask, 4), numbers(loss, 1)
     if m is None or x is None or set(m) - {0.0, 1.0}:
-        return "Not yet: the mask is four numbers, 1 where a weight stays and 0 where it goes; the loss is one number."
+        return not_yet("the mask is four numbers, 1 where a weight stays and 0 where it goes; the loss is one number")
     if m == [1, 0, 0, 1]:
-        return "Not yet: that is magnitude. Wanda multiplies each weight with the norm of its input before it compares."
+        return not_yet("that is magnitude. Wanda multiplies each weight with the norm of its input before it compares")
     if m == [1 - k for k in _KEPT]:
-        return "Not yet: the other way round. 1 marks a weight that stays, and the lowest scores go."
+        return not_yet("the other way round. 1 marks a weight that stays, and the lowest scores go")
     if m != _KEPT:
-        return "Not yet: the scores are |w| |x|; two of the four stay, those with the highest."
+        return not_yet("the scores are |w| |x|; two of the four stay, those with the highest")
     hints = {
         0.7: "these are the scores added up; errors of inputs that do not vary together add as squares",
         0.5: "that is the root; the squared error is asked for",
@@ -804,23 +805,23 @@ def check_wanda(mask, loss) -> str:
         1.0: "weights alone (0.64 + 0.36) do not tell; each counts with the norm of its input",
     }
     if abs(x[0] - _LOSS) <= 2e-3:
-        return "Right: the scores are 0.4, 1, 0.9, 0.3, the first and the last go, and 0.16 + 0.09 = 0.25. Magnitude's mask loses 1.81."
+        return right("the scores are 0.4, 1, 0.9, 0.3, the first and the last go, and 0.16 + 0.09 = 0.25. Magnitude's mask loses 1.81")
     return hint(x[0], hints, "add up the squared scores of the two weights that go")
 
 
-def check_break_even(sparsity) -> str:
+def check_break_even(sparsity) -> Verdict:
     """Exercise 2: the share of zeros from which a bitmap of float16 values is smaller than dense int4 in groups of 64."""
     if sparsity is None:
-        return "Not answered yet: put a share between 0 and 1 in place of None."
+        return unanswered("a share between 0 and 1")
     x = numbers(sparsity, 1)
     if x is None:
-        return "Not yet: one number, please."
-    right = 1 - (4.25 - 1) / 16
-    if abs(x[0] - right) <= 1e-3:
-        return f"Right: 1 + 16 (1 - s) = 4 + 16 / 64 gives s = {right:.4f}. At 50 % a bitmap takes 9 bits, twice as many."
+        return not_yet("one number, please")
+    wanted = 1 - (4.25 - 1) / 16
+    if abs(x[0] - wanted) <= 1e-3:
+        return right(f"1 + 16 (1 - s) = 4 + 16 / 64 gives s = {wanted:.4f}. At 50 % a bitmap takes 9 bits, twice as many")
     hints = {
-        1 - right: "that is the share that stays; the share of zeros is asked for",
-        100 * right: "as a share between 0 and 1, please, not in per cent",
+        1 - wanted: "that is the share that stays; the share of zeros is asked for",
+        100 * wanted: "as a share between 0 and 1, please, not in per cent",
         1 - 4.25 / 16: "the bitmap itself takes one bit per place, whether or not it holds a value",
         1 - 3 / 16: "int4-g64 takes more than 4 bits: a float16 scale for 64 weights",
         1 - 3.5 / 16: "that is the answer for groups of 32; with 64 weights to a scale int4 is smaller",
@@ -829,16 +830,16 @@ def check_break_even(sparsity) -> str:
     return hint(x[0], hints, "set 1 + 16 (1 - s) equal to the bits per weight of int4-g64", 1e-3)
 
 
-def check_skip(times) -> str:
+def check_skip(times) -> Verdict:
     """Exercise 3: how many times faster skipping 75 % of the channels can be, where the gated feed-forwards are 60 % of the time."""
     if times is None:
-        return "Not answered yet: put a number (how many times faster, at best) in place of None."
+        return unanswered("a number: how many times faster, at best")
     x = numbers(times, 1)
     if x is None:
-        return "Not yet: one number, please."
+        return not_yet("one number, please")
     left = 1 - _FEED_FORWARD * _SHARE / 3
     if abs(x[0] - 1 / left) <= 5e-3:
-        return f"Right: 0.6 * 0.75 / 3 = 0.15 of the time goes, so 1 / 0.85 = {1 / left:.3f} times. That is the best a kernel could do."
+        return right(f"0.6 * 0.75 / 3 = 0.15 of the time goes, so 1 / 0.85 = {1 / left:.3f} times. That is the best a kernel could do")
     hints = {
         1 - left: "that is the share of the time that is saved; how many times faster is the whole?",
         left: "that is the time which is left; turn it over",
@@ -848,3 +849,29 @@ def check_skip(times) -> str:
         1 + (1 - left): "nearly: a time of 1 - 0.15 is left, and 1 / 0.85 is more than 1.15",
     }
     return hint(x[0], hints, "the share of the time that goes is 0.6 of a third of 0.75", 3e-3)
+
+
+def check_two_of_four(answer) -> Verdict:
+    """Exercise 4: a function of scores [out, in] that returns the 2:4 mask: of four neighbours of a row the two highest stay."""
+    r = np.random.default_rng(6)
+    cases = [
+        Case("one row of four", (np.array([[0.4, 1.0, 0.9, 0.3]]),), "the two highest stay: 1 where a weight stays"),
+        Case(
+            "a row of two fours",
+            (np.array([[9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0]]),),
+            "each four for itself, though all of the first are larger",
+        ),
+        Case("two rows", (np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]]),), "neighbours along a row, not down a column"),
+        Case(
+            "scores that are all equal", (np.ones((2, 8)),), "exactly two of four stay, the later ones: the hardware has no room for three"
+        ),
+        Case("a row of zeros and one score", (np.array([[0.0, 5.0, 0.0, 0.0]]),), "exactly two of four, zeros or not"),
+        Case("a matrix of 6 x 32", (r.standard_normal((6, 32)) ** 2,)),
+    ]
+    form = "a function of scores [out, in] that returns a mask of their shape, 1 where a weight stays and 0 where it goes"
+    praise = "with |w| it is magnitude's mask, with |w| |x| Wanda's: the same as keep_n_of_m makes"
+
+    def twin(scores: np.ndarray) -> np.ndarray:
+        return keep_n_of_m(torch.tensor(scores), 2, 4).numpy()
+
+    return check_function(answer, twin, cases, form, praise, parts=("mask",))

@@ -29,7 +29,8 @@ from edgelab import plots
 from edgelab.compare import pool
 from edgelab.compress import Compressed
 from edgelab.evaluate import Measured, interval, measure, summarise, weigh
-from edgelab.exercises import numbers
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.frame import frame
 from edgelab.methods.calibrate import InputStats
 from edgelab.methods.gptq import gptq
 from edgelab.methods.hqq import hqq
@@ -548,7 +549,7 @@ class StaircaseControl:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, a sentence that says what would be."""
         bits = w.HBox([self.bits, self.slider])  # on one line, however narrow the page
         inputs = w.HBox([self.method, self.group, bits, self.billions], layout={"flex_flow": "row wrap"})
-        return w.VBox([inputs, self.sentence, self.figure, self.table])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(inputs, self.sentence, self.figure, self.table)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         p = self.chosen[-1]
@@ -640,79 +641,144 @@ EXERCISE_GROUP = (0.3, -0.7, 1.2, -0.1, 0.5, 1.6, -1.5, 0.9)  # no tie, one weig
 _ROW, _H, _STEP = (0.6, 0.6), ((4.0, 1.0), (1.0, 2.0)), 1.0
 
 
-def check_rtn(scale, codes) -> str:
+def check_rtn(scale, codes) -> Verdict:
     """Exercise 1: scale and the 8 stored codes 0 .. 7 of `EXERCISE_GROUP` at 3 bits, signed-maximum form."""
     if scale is None or codes is None:
-        return "Not answered yet: put the scale and a list of eight codes in place of None."
+        return unanswered("a scale (one number) and a list of eight codes, each 0 .. 7")
     s, c = numbers(scale, 1), numbers(codes, 8)
     if s is None or c is None:
-        return "Not yet: the scale is one number and the codes are eight, one for each weight."
+        return not_yet("the scale is one number and the codes are eight, one for each weight")
     group = np.array(EXERCISE_GROUP)
     if math.isclose(s[0], 1.6 / 3, rel_tol=2e-3):
-        return "Not yet: max|w| / 3 leaves one of the eight codes unused; divide the largest weight, sign and all, by -4."
+        return not_yet("max|w| / 3 leaves one of the eight codes unused; divide the largest weight, sign and all, by -4")
     if math.isclose(s[0], 0.4, rel_tol=2e-3):
-        return "Not yet: the sign. The largest weight must become level -4, for there is no level +4: 1.6 / scale = -4."
+        return not_yet("the sign. The largest weight must become level -4, for there is no level +4: 1.6 / scale = -4")
     if not math.isclose(s[0], -0.4, rel_tol=2e-3):
-        return "Not yet: the scale is the weight of largest magnitude, with its sign, over -2^(bits - 1)."
+        return not_yet("the scale is the weight of largest magnitude, with its sign, over -2^(bits - 1)")
     levels = np.round(group / -0.4, 6)  # 1.2 / -0.4 is a little above -3 in binary
     want = np.clip(np.round(levels), -4, 3) + 4
     if np.array_equal(c, want):
-        return "Right: scale -0.4, codes 3 6 1 4 3 0 7 2. The weight -1.5 wanted level 3.75 and was clipped to 3."
+        return right("scale -0.4, codes 3 6 1 4 3 0 7 2. The weight -1.5 wanted level 3.75 and was clipped to 3")
     if min(c) < 0:
-        return "Not yet: these are levels, -4 .. 3; a stored code is the level + 4."
+        return not_yet("these are levels, -4 .. 3; a stored code is the level + 4")
     if max(c) > 7:
-        return "Not yet: 3 bits hold 0 .. 7. The level of -1.5 is clipped to 3."
+        return not_yet("3 bits hold 0 .. 7. The level of -1.5 is clipped to 3")
     if np.array_equal(c, np.clip(np.trunc(levels), -4, 3) + 4) or np.array_equal(c, np.clip(np.floor(levels), -4, 3) + 4):
-        return "Not yet: round to the nearest level, don't cut off."
+        return not_yet("round to the nearest level, don't cut off")
     wrong = [i for i in range(8) if c[i] != want[i]]
     first = group[wrong[0]]
-    return f"Not yet: {len(wrong)} of 8 codes are off, the first is that of the weight {first}: w / scale = {first / -0.4:.2f}."
+    return not_yet(f"{len(wrong)} of 8 codes are off, the first is that of the weight {first}: w / scale = {first / -0.4:.2f}")
 
 
-def check_bits(answer) -> str:
+def check_bits(answer) -> Verdict:
     """Exercise 2: effective bits per weight of uint3-g64."""
     if answer is None:
-        return "Not answered yet: put a number of bits in place of None."
+        return unanswered("a number of bits")
     number = numbers(answer, 1)
-    right = QuantScheme.parse("uint3-g64").bits_per_weight((64, 128))
+    wanted = QuantScheme.parse("uint3-g64").bits_per_weight((64, 128))
     if number is None:
-        return "Not yet: one number, please."
-    if math.isclose(number[0], right, rel_tol=1e-6):
-        return f"Right: 3 + (16 + 16) / 64 = {right} bits, as many as int3-g32."
+        return not_yet("one number, please")
+    if math.isclose(number[0], wanted, rel_tol=1e-6):
+        return right(f"3 + (16 + 16) / 64 = {wanted} bits, as many as int3-g32")
     hints = {
         3.25: "uint has an offset beside each scale, and that takes 16 bits, too",
         3.0: "these are the codes alone; scale and offset are stored as well",
         4.0: "scale and offset are float16, not float32; 64 weights share them",
         3.75: "one offset per group is enough: 16 bits for the scale and 16 for the offset",
     }
-    hint = next(
-        (h for v, h in hints.items() if math.isclose(number[0], v)),
-        "codes, plus a float16 scale and a float16 offset that 64 weights share",
-    )
-    return f"Not yet: {hint}."
+    return hint(number[0], hints, "codes, plus a float16 scale and a float16 offset that 64 weights share", 1e-9)
 
 
-def check_gptq(updated, code) -> str:
-    """Exercise 3: GPTQ's update of the second of two weights, and the level it is then rounded to."""
+def check_rtn_function(answer) -> Verdict:
+    """Exercise 3: a function (group [n], bits) -> (scale, codes), round to nearest in the signed-maximum form."""
+
+    def twin(group: np.ndarray, bits: int) -> tuple[float, np.ndarray]:
+        q = round_to_nearest(torch.tensor(group[None], dtype=torch.float32), QuantScheme.parse(f"int{bits}-row"))
+        return float(q.scales[0, 0]), q.codes()[0]
+
+    group, negative = np.array(EXERCISE_GROUP), np.array([0.25, -2.0, 1.6, -0.35, 1.9, 0.1])
+    r = np.random.default_rng(4)
+    cases = [
+        Case("the eight weights of exercise 1", (group, 3), "scale: the weight of largest magnitude, with its sign, over -2^(bits - 1)"),
+        Case(
+            "a group whose largest magnitude is negative",
+            (negative, 4),
+            "the scale is positive here, and 1.9 is clipped to the highest code",
+        ),
+        Case("2 bits", (np.array([0.5, -1.0, 0.3, 0.9]), 2), "the zero point is 2^(bits - 1), and the codes are 0 .. 2^bits - 1"),
+        Case("a group of zeros", (np.zeros(4), 4), "no division by a scale of 0: every code is that of zero, 2^(bits - 1)"),
+        Case("one weight", (np.array([-3.0]), 4)),
+        Case("32 random weights, 8 bits", (np.append(r.uniform(-1.9, 1.9, 31).round(3), 2.0), 8)),
+    ]
+    form = "a function of a group of weights and a number of bits that returns (scale, codes)"
+    praise = "the codes are those of round_to_nearest; for a matrix do so for each group, and that is all of RTN"
+    return check_function(answer, twin, cases, form, praise, parts=("scale", "codes"), tolerance=1e-3)
+
+
+def check_gptq(updated, code) -> Verdict:
+    """Exercise 4: GPTQ's update of the second of two weights, and the level it is then rounded to."""
     if updated is None or code is None:
-        return "Not answered yet: put the updated second weight and its level in place of None."
+        return unanswered("two numbers, the updated weight and its level")
     u, c = numbers(updated, 1), numbers(code, 1)
     if u is None or c is None:
-        return "Not yet: two numbers, the updated weight and the level."
+        return not_yet("two numbers, the updated weight and the level")
     error = _ROW[0] - round(_ROW[0] / _STEP) * _STEP
-    right = _ROW[1] + error * _H[0][1] / _H[1][1]
-    if math.isclose(u[0], right, abs_tol=1e-6):
-        if c[0] == round(right):
-            return "Right: 0.6 - 0.4 · 1/2 = 0.4, rounded to 0. The loss e H eᵀ is 0.88; rounding both to nearest makes it 1.28."
-        return "Not yet: the updated weight is right; now round it to the nearest level."
+    wanted = _ROW[1] + error * _H[0][1] / _H[1][1]
+    if math.isclose(u[0], wanted, abs_tol=1e-6):
+        if c[0] == round(wanted):
+            return right("0.6 - 0.4 · 1/2 = 0.4, rounded to 0. The loss e H eᵀ is 0.88; rounding both to nearest makes it 1.28")
+        return not_yet("the updated weight is right; now round it to the nearest level")
     hints = {
         _ROW[1] - error * _H[0][1] / _H[1][1]: "the sign: the first weight was rounded up, so the second has to come down",
         _ROW[1] + error * _H[0][1] / _H[0][0]: "divide by H of the weight that answers (the second), not of the one that was rounded",
         _ROW[1] + error: "the inputs are only partly alike: the error counts H_12 / H_22 of itself",
         _ROW[1]: "that is the weight as it was; it has to make good what the first one lost",
     }
-    hint = next(
-        (h for v, h in hints.items() if math.isclose(u[0], v, abs_tol=1e-6)),
-        "minimise e H eᵀ over the second error, with the first one fixed",
-    )
-    return f"Not yet: {hint}."
+    return hint(u[0], hints, "minimise e H eᵀ over the second error, with the first one fixed", 1e-6)
+
+
+def others_answer(row: np.ndarray, h: np.ndarray, rounded: float) -> np.ndarray:
+    """The weights row[1:] after row[0] became `rounded`, so that e h eᵀ is least: GPTQ's update of one column, float64 [n - 1].
+
+    e is the error (new minus old) of the whole row, h [n, n] symmetric and positive definite. With e₀ fixed the least is at
+    h_rr e_r = -h_r0 e₀. The published form takes row 0 of the inverse, e_r = e₀ (h⁻¹)_0r / (h⁻¹)_00, which is the same.
+
+    >>> others_answer(np.array([0.6, 0.6]), np.array([[4.0, 1.0], [1.0, 2.0]]), 1.0)
+    array([0.4])
+    """
+    row, h = np.asarray(row, np.float64), np.asarray(h, np.float64)
+    return row[1:] - np.linalg.solve(h[1:, 1:], h[1:, 0]) * (rounded - row[0])
+
+
+def check_column(answer) -> Verdict:
+    """Exercise 5: a function (row [n], h [n, n], rounded) -> row[1:] updated after row[0] became `rounded`."""
+    r = np.random.default_rng(5)
+    x = r.standard_normal((5, 40))
+    h = x @ x.T + 3
+    two = np.array([[4.0, 1.0], [1.0, 2.0]])
+    cases = [
+        Case(
+            "the two weights of exercise 4",
+            (np.array([0.6, 0.6]), two, 1.0),
+            "0.4 is right there: with e₀ fixed, which e₁ makes e h eᵀ least?",
+        ),
+        Case("a weight that was rounded down", (np.array([1.3, 0.2]), two, 1.0), "the other way: what is missing is made good"),
+        Case(
+            "inputs that have nothing in common",
+            (np.array([0.4, 1.2, -0.7]), np.diag([1.0, 2.0, 3.0]), 0.0),
+            "then nothing can be made good",
+        ),
+        Case(
+            "a weight that is a level already",
+            (np.array([2.0, 0.3, 0.7]), np.array([[2.0, 1, 0], [1, 2, 1], [0, 1, 2]]), 2.0),
+            "no error, no change",
+        ),
+        Case(
+            "five weights",
+            (r.standard_normal(5), h, 0.0),
+            "the others answer together: solve h[1:, 1:] e = -h[1:, 0] e₀, or take row 0 of the inverse of all of h",
+        ),
+    ]
+    form = "a function of row, h and rounded that returns the other weights, updated"
+    praise = "GPTQ does this for one input after the other, for all rows at once, from one factor of h's inverse"
+    return check_function(answer, others_answer, cases, form, praise, parts=("weights",), tolerance=1e-6)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from edgelab import plots
-from edgelab.exercises import hint, numbers
-from edgelab.methods.distill import LOSSES, divergence
+from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.frame import frame
+from edgelab.methods.distill import LOSSES, divergence, hinton
+from edgelab.methods.qat import fake_quantize
 from edgelab.report import Report
+from edgelab.scheme import QuantScheme
 
 _BARS = 8
 
@@ -57,8 +60,14 @@ class TemperatureControl:
         self.figure.update_yaxes(title_text="probability", range=[0, 1])
         self.figure.update_xaxes(title_text="next token, the likeliest first", type="category")
         self._draw()
-        self.slider.observe(lambda change: setattr(self.box, "value", round(change.new, 2)), "value")
+        self.slider.observe(self._slid, "value")
         self.box.observe(lambda _: self._draw(), "value")
+        self.box.observe(lambda change: setattr(self.slider, "value", change.new), "value")
+
+    def _slid(self, change) -> None:
+        """The slider goes in steps of 5 %, the box says any number: they follow one another."""
+        if abs(math.log10(change.new / self.box.value)) > 0.005:
+            self.box.value = round(change.new, 2)
 
     def choose(self, temperature: float) -> None:
         """Set T. ValueError outside of 0.1 .. 20."""
@@ -91,7 +100,7 @@ class TemperatureControl:
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         inputs = w.HBox([self.box, self.slider], layout={"flex_flow": "row wrap"})
-        return w.VBox([inputs, self.sentence, self.figure, self.table])._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        return frame(inputs, self.sentence, self.figure, self.table)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         return f"A slider for the temperature, which needs a running notebook. {self.told}"
@@ -208,9 +217,6 @@ def recovered(report: Report, healthy: str, broken: str, mended: str, metric: st
 
 def staircase_figure(step: float = 0.5, bits: int = 3) -> go.Figure:
     """What fake quantization makes of a weight, and the derivative that the straight-through estimator puts in its place."""
-    from edgelab.methods.qat import fake_quantize
-    from edgelab.scheme import QuantScheme
-
     x = torch.linspace(-3, 3, 121)[None].requires_grad_(True)
     y = fake_quantize(x, torch.tensor([[step]]), QuantScheme.parse(f"int{bits}-row"))
     y.sum().backward()
@@ -229,62 +235,87 @@ def staircase_figure(step: float = 0.5, bits: int = 3) -> go.Figure:
 
 # -------------------------------------------------------------------------------------------------------------- exercises
 
-TEACHER, STUDENT, LABEL = (0.8, 0.2), (0.5, 0.5), 0  # of two tokens, at T = 1
-WEIGHT, STEP, BITS = 1.7, 0.5, 3
+
+def hinton_loss(student: Sequence[float], teacher: Sequence[float], label: int, temperature: float, alpha: float) -> float:
+    """Hinton's loss in nats of one position: logits of student and teacher, and the token that came. By `methods.distill.hinton`.
+
+    >>> round(hinton_loss([0.0, 0.0], [1.386294, 0.0], 0, 1.0, 0.7), 4)  # p = (0.8, 0.2), q = (0.5, 0.5): 0.7 * 0.1927 + 0.3 * 0.6931
+    0.3429
+    """
+    q, p = (torch.tensor([[list(x), list(x)]], dtype=torch.float32) for x in (student, teacher))  # two positions: one predicts, one follows
+    return float(hinton(q, p, torch.tensor([[0, label]]), temperature=temperature, alpha=alpha))
 
 
-def check_hinton(answer) -> str:
-    """Exercise 1: alpha T^2 KL + (1 - alpha) CE for TEACHER and STUDENT, T = 1, alpha = 0.7, label 0."""
-    if answer is None:
-        return "Not answered yet: put a number in place of None."
-    kl = sum(p * math.log(p / q) for p, q in zip(TEACHER, STUDENT, strict=True))
-    reverse = sum(q * math.log(q / p) for p, q in zip(TEACHER, STUDENT, strict=True))
-    ce = -math.log(STUDENT[LABEL])
-    hints = {
-        0.3 * kl + 0.7 * ce: "alpha weighs the divergence, 1 - alpha the cross entropy",
-        0.7 * reverse + 0.3 * ce: "that is the reverse divergence, KL(student || teacher); Hinton's is KL(teacher || student)",
-        0.7 * kl: "the cross entropy on the label is missing",
-        kl + ce: "weigh the two by alpha and 1 - alpha",
-        (0.7 * kl + 0.3 * ce) / math.log(2): "in nats, not bits: the natural logarithm",
-    }
-    return _verdict(answer, 0.7 * kl + 0.3 * ce, hints, f"0.7 · {kl:.4f} + 0.3 · {ce:.4f} = {0.7 * kl + 0.3 * ce:.4f}")
+def check_hinton(answer) -> Verdict:
+    """Exercise 1: a function of (student logits, teacher logits, label, temperature, alpha) that returns Hinton's loss in nats."""
+    two = ([0.0, 0.0], [math.log(4), 0.0])  # q = (0.5, 0.5), p = (0.8, 0.2) at T = 1
+    four = ([0.5, -1.0, 2.0, 0.0], [3.0, 1.0, -2.0, 0.5])
+    cases = [
+        Case(
+            "two tokens at T = 1 with alpha 0.7",
+            (*two, 0, 1.0, 0.7),
+            "0.7 KL(teacher || student) + 0.3 times minus ln of the label's share; in nats",
+        ),
+        Case("alpha = 1, where only the divergence counts", (*four, 2, 1.0, 1.0), "KL(p || q) = sum of p ln(p / q), p the teacher's"),
+        Case("alpha = 0, where only the text counts", (*four, 2, 4.0, 0.0), "the cross entropy is taken at T = 1 and has no factor"),
+        Case(
+            "T = 3", (*four, 1, 3.0, 1.0), "both sides are divided by T before the softmax, and the divergence is multiplied by T squared"
+        ),
+        Case("T = 3 with alpha 0.5", (*four, 1, 3.0, 0.5), "T squared belongs to the divergence alone"),
+        Case(
+            "large logits",
+            ([800.0, 0.0], [0.0, 800.0], 0, 2.0, 0.5),
+            "exp(800) overflows: take the largest logit off first, or use log_softmax",
+        ),
+    ]
+    form = "a function of student and teacher logits, label, temperature and alpha that returns one number, in nats"
+    return check_function(
+        answer, hinton_loss, cases, form, "alpha T² KL(p ‖ q) + (1 - alpha) CE, also where exp would overflow", tolerance=1e-4
+    )
 
 
-def check_step_gradient(answer) -> str:
-    """Exercise 2: LSQ's derivative of the fake-quantized WEIGHT by its STEP, without the factor g."""
-    if answer is None:
-        return "Not answered yet: put a number in place of None."
-    v = WEIGHT / STEP  # 3.4: above Qp = 3, clipped
-    hints = {
-        round(v) - v: "the weight lies outside of the range, 1.7 / 0.5 = 3.4 > Qp = 3: there the derivative is another",
-        -4.0: "that is -Qn, for weights clipped at the lower end",
-        4.0: "3 bits have levels -4 .. 3: the upper end is Qp = 3",
-        0.0: "the value is Qp · s there, and that does depend on s",
-        1.5: "that is the value itself, Qp · s; its derivative by s is asked for",
-    }
-    return _verdict(answer, 3.0, hints, "clipped at the upper end the value is Qp · s, so the derivative is Qp = 3")
+def step_gradient(weights: Sequence[float], step: float, bits: int) -> float:
+    """LSQ's derivative of the sum of fake-quantized `weights` by their common `step`, without the factor g: by `methods.qat`."""
+    w, s = torch.tensor([list(weights)]), torch.tensor([[float(step)]], requires_grad=True)
+    fake_quantize(w, s, QuantScheme.parse(f"int{bits}-row"), gradient_scale=False).sum().backward()
+    return float(s.grad)
 
 
-def check_bytes(answer) -> str:
+def check_step_gradient(answer) -> Verdict:
+    """Exercise 2: a function of (weights, step, bits) that returns LSQ's derivative by the step, without the factor g."""
+    cases = [
+        Case("one weight of 0.9 with step 0.5 and 3 bits", ([0.9], 0.5, 3), "inside of the range it is round(w / s) - w / s: 2 - 1.8"),
+        Case(
+            "a weight of 1.7, above the range",
+            ([1.7], 0.5, 3),
+            "1.7 / 0.5 = 3.4 lies above Qp = 3: the value is Qp * s, so the derivative is Qp",
+        ),
+        Case("a weight of -5, below the range", ([-5.0], 0.5, 3), "there the value is -Qn * s, with Qn = 2 ** (bits - 1)"),
+        Case("weights at the ends of the range", ([1.5, -2.0], 0.5, 3), "3 bits go from -4 to 3, both of them inside"),
+        Case("a row of six", ([0.9, -0.3, 1.7, -5.0, 0.1, 0.0], 0.5, 3), "the step is common to all weights: their derivatives add up"),
+        Case("4 bits", ([0.9, 4.6, -9.0], 0.5, 4), "4 bits go from -8 to 7"),
+    ]
+    form = "a function of a list of weights, a step and a number of bits that returns one number"
+    return check_function(answer, step_gradient, cases, form, "what `fake_quantize` hands back to the step, before g", tolerance=1e-4)
+
+
+def check_bytes(answer) -> Verdict:
     """Exercise 3: bytes that LoRA of rank 8 adds beside a 256 x 640 weight in int4-g32, over the bytes of the weight, in percent; bf16."""
     if answer is None:
-        return "Not answered yet: put a number of percent in place of None."
+        return unanswered("a number of percent")
     codes = 256 * 640 * 4.5 / 8
-    right = 100 * 8 * (256 + 640) * 2 / codes
+    true = 100 * 8 * (256 + 640) * 2 / codes
     hints = {
         100 * 8 * (256 + 640) / codes: "a bfloat16 number takes two bytes",
         100 * 8 * (256 + 640) * 2 / (256 * 640 * 2): "compare with the weight in int4-g32, 4.5 bits each, not in 16",
         100 * 8 * (256 + 640) * 2 / (256 * 640 * 0.5): "int4-g32 takes 4.5 bits a weight: the scales count",
         100 * 8 * (256 + 640) * 4 / codes: "bfloat16: two bytes, not four",
         100 * 8 * (256 * 640) * 2 / codes: "A is [r, in] and B is [out, r]: r (in + out) numbers",
+        true / 100: "in percent, please",
     }
-    return _verdict(answer, right, hints, f"8 · (256 + 640) · 2 bytes over {codes:,.0f} bytes = {right:.1f} %")
-
-
-def _verdict(answer, right: float, hints: Mapping[float, str], why: str) -> str:
     given = numbers(answer, 1)
     if given is None:
-        return "Not yet: one number, please."
-    if math.isclose(given[0], right, rel_tol=5e-3):
-        return f"Right: {why}."
-    return hint(given[0], hints, "compute each part by itself first", tolerance=5e-3 * max(1.0, abs(right)))
+        return not_yet("one number, please")
+    if math.isclose(given[0], true, rel_tol=5e-3):
+        return right(f"8 · (256 + 640) · 2 bytes over {codes:,.0f} bytes = {true:.1f} %")
+    return hint(given[0], hints, "compute each part by itself first", tolerance=5e-3)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgelab import matmul_lab as lab
 from edgelab import plots, words
+from edgelab.frame import frame
 from edgelab.methods.rtn import round_to_nearest
 from edgelab.recipe import Recipe
 from edgelab.report import Report
@@ -40,10 +41,8 @@ class BitsControl:
         self.bits = w.Dropdown(options=BITS, description="bits", style=wide, layout={"width": "16em"})
         self.granularity = w.Dropdown(options=GRANULARITIES, description="one scale per", style=wide, layout={"width": "18em"})
         self.group_size = w.BoundedIntText(min=8, max=256, step=8, description="group size", style=wide, layout={"width": "14em"})
-        self.sentence = w.HTML()
-        self.table = w.HTML()
+        self.sentence, self.table = w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(layout={"template": plots.TEMPLATE, "height": 360})
-        self.figure._config = self.figure._config | {"responsive": True}
         self.figure.update_layout(title_text="Size against KL divergence, every choice measured so far", yaxis_type="log")
         self.figure.update_xaxes(title_text="weights, MB", rangemode="tozero")
         self.figure.update_yaxes(title_text=words.metric("kld").axis)
@@ -117,11 +116,15 @@ class BitsControl:
                     self.figure.add_scatter(
                         **series, mode="markers", name=on or "all text", hovertemplate="%{text}<extra>%{fullData.name}</extra>"
                     )
-        klds = [r for r in report.where(model=name, metric="kld") if r.slice]
-        told = ", ".join(f"{words.shown(r)} nats per token on {r.slice}" for r in klds)
-        size_row = report.get(model=name, metric="weight_bytes")
-        self.sentence.value = f'<p aria-live="polite"><b>{name}</b>: {words.shown(size_row)}; KL divergence {escape(told)}.</p>'
+        self.sentence.value = f'<p aria-live="polite"><b>{name}</b>{escape(self.told.removeprefix(name))}</p>'
         self.table.value = self.html
+
+    @property
+    def told(self) -> str:
+        """The present choice in a sentence. Raises KeyError for one that was not measured."""
+        report, name = self.reports[self.scheme], str(self.scheme)
+        klds = ", ".join(f"{words.shown(r)} nats per token on {r.slice}" for r in report.where(model=name, metric="kld") if r.slice)
+        return f"{name}: {words.shown(report.get(model=name, metric='weight_bytes'))}; KL divergence {klds}."
 
     @property
     def combined(self) -> Report:
@@ -152,19 +155,14 @@ class BitsControl:
             trace.marker.size = 9
         return fig.update_layout(template=plots.TEMPLATE)
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """The inputs, the sentence, the figure and the table; where no widget can be shown, the sentence."""
+        inputs = w.HBox([self.bits, self.granularity, self.group_size], layout={"flex_flow": "row wrap"})
+        box = frame(inputs, self.sentence, self.figure, self.table)
+        return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
-        display(
-            w.VBox(
-                [
-                    w.HBox([self.bits, self.granularity, self.group_size], layout={"flex_flow": "row wrap"}),
-                    self.sentence,
-                    self.figure,
-                    self.table,
-                ]
-            )
-        )
+    def __repr__(self) -> str:
+        return f"A control of bits and granularity, which needs a running notebook. {'' if self.error else self.told}"
 
 
 def measurer(model, tokenizer, data, *, max_docs, seed: int = 0, baseline: str = "fp") -> Callable[[QuantScheme], Report]:
@@ -221,7 +219,6 @@ class MatmulControl:
         self.slider = w.IntSlider(0, min=0, max=most, readout=False, continuous_update=False, layout={"width": "12em"})
         self.sentence, self.table = w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(self._empty())
-        self.figure._config = self.figure._config | {"responsive": True}  # as wide as the page, also when that changes
         self.choose(start)  # before the observers: an error in the first choice is the caller's, raised at once
         if self.error is not None:
             raise self.error
@@ -431,7 +428,7 @@ class MatmulControl:
         """The inputs, the sentence, the figure and the table; where no widget can be shown, a sentence that says what would be."""
         rows = w.HBox([self.rows, self.slider])  # on one line, however narrow the page
         inputs = w.HBox([self.bits, self.granularity, self.activations, rows], layout={"flex_flow": "row wrap"})
-        box = w.VBox([inputs, self.sentence, self.figure, self.table])
+        box = frame(inputs, self.sentence, self.figure, self.table)
         return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:

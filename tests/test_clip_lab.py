@@ -151,7 +151,7 @@ def test_the_exercises_accept_the_answer_and_reject_the_usual_mistakes():
     for answers in ((60**2 / 1e5, 0.0186), (56 / 1e5, 0.0186), (0.0314, (60 / 127) ** 2), (0.0314, (60 / 255) ** 2 / 12), (0.0186, 0.0314)):
         assert check_costs(*answers).startswith("Not yet")
     for unanswered in (check_bins_kept(None), check_step(None), check_costs(None, None), check_costs(0.03, None)):
-        assert unanswered.startswith("Not answered yet")
+        assert unanswered.startswith("Not yet: no answer so far")
 
 
 def test_the_worked_example_by_hand():

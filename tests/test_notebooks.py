@@ -1,7 +1,13 @@
-"""The notebooks are what their sources say and run top to bottom; and the tool that makes them sees what goes wrong."""
+"""The notebooks are what their sources say and run top to bottom; and the tool that makes them sees what goes wrong.
+
+Running a notebook takes up to a minute and a half. So `conftest.py` spreads these tests over the workers of `pytest -n`,
+though the tests of any other file stay together.
+"""
 
 import ast
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -10,8 +16,10 @@ from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 _spec = importlib.util.spec_from_file_location("notebooks_build", NOTEBOOKS / "build.py")
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
+build = sys.modules.setdefault("notebooks_build", importlib.util.module_from_spec(_spec))
+if not hasattr(build, "generate"):
+    _spec.loader.exec_module(build)
+SOURCES = sorted((NOTEBOOKS / "src").glob("*.py"))
 
 
 @pytest.fixture
@@ -28,13 +36,13 @@ def course(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", sorted((NOTEBOOKS / "src").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_notebook_is_in_step_and_runs(source):
     assert build.check(source) == []
 
 
 def test_no_notebook_without_a_source():
-    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} <= {p.stem for p in (NOTEBOOKS / "src").glob("*.py")}
+    assert build.strays() == []
 
 
 def test_cells_and_ids_follow_the_source_alone(course):
@@ -92,6 +100,79 @@ def test_an_error_inside_a_widget_stops_the_build(course):
         build.build(source, folder)
 
 
+def test_an_alert_of_our_own_widgets_stops_the_build(course):
+    folder, add = course
+    source = add("00_a", "# %%\nimport ipywidgets as w\n\nw.HTML('<p role=\"alert\"><b>ValueError:</b> group 48</p>')\n")
+    with pytest.raises(ValueError, match=r"00_a\.ipynb ran, but a widget holds an error: ValueError: group 48"):
+        build.build(source, folder)
+    source.write_text("# %%\nimport ipywidgets as w\n\nw.HTML('<p role=\"alert\"></p>')\n", encoding="utf-8")
+    build.build(source, folder)
+
+
+REACHES = """# %%
+import socket
+
+try:
+    socket.create_connection(("192.0.2.1", 443), timeout=1)
+except OSError as error:
+    print(error)
+"""
+FROM_A_CHILD = """# %%
+import subprocess
+import sys
+
+print(subprocess.run([sys.executable, "-c", "import socket; socket.getaddrinfo('example.org', 443)"], capture_output=True).returncode)
+"""
+DATAGRAM = """# %%
+import socket
+
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    try:
+        s.sendto(b"x", ("192.0.2.1", 53))
+    except OSError as error:
+        print(error)
+"""
+STAYS = """# %%
+import socket
+
+with socket.socket() as server, socket.socket() as client:
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    client.connect(server.getsockname())
+    print(socket.getaddrinfo("localhost", 80)[0][4][1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("cells", "reached"),
+    [(REACHES, "192.0.2.1:443"), (FROM_A_CHILD, "example.org:443"), (DATAGRAM, "192.0.2.1:53")],  # TEST-NET-1: reaches nobody
+    ids=["swallowed", "child process", "datagram"],
+)
+def test_a_cell_that_reaches_beyond_this_machine_stops_the_build(course, cells, reached):
+    folder, add = course
+    source = add("00_a", cells)
+    with pytest.raises(ValueError, match=f"a cell reached for the network: {reached}"):
+        build.build(source, folder)
+    assert not (folder / "00_a.ipynb").exists()
+    assert f"reached for the network: {reached}" in build.check(source, folder)[-1]
+
+
+def test_an_uncaught_refusal_says_what_to_do_and_this_machine_stays_in_reach(course):
+    folder, add = course
+    add("01_b", STAYS)
+    reaches = add("00_a", "# %%\nimport socket\n\nsocket.create_connection(('192.0.2.1', 443), timeout=1)\n")
+    with pytest.raises(CellExecutionError, match=r"no network, and this one reached for 192\.0\.2\.1:443; use local files"):
+        build.build(reaches, folder)
+    assert nbformat.read(build.build(folder / "src" / "01_b.py", folder), as_version=4).cells[0].outputs[0].text == "80\n"
+
+
+def test_the_environment_is_as_it_was_after_a_build(course):
+    folder, add = course
+    before = dict(os.environ)
+    build.build(add("00_a", "# %%\n1\n"), folder)
+    assert dict(os.environ) == before
+
+
 def notebook_with_state(characters: int) -> nbformat.NotebookNode:
     view = {"model_id": "m", "version_major": 2, "version_minor": 0}
     picture = nbformat.v4.new_output("display_data", {build._VIEW: view, "image/svg+xml": "<svg/>", "text/plain": "Figure"})
@@ -131,7 +212,7 @@ def test_names_choose_by_their_beginning(course):
 # ------------------------------------------------------------------------------------------------- the course's form
 
 
-@pytest.mark.parametrize("source", sorted((NOTEBOOKS / "src").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_every_lesson_has_its_parts_and_defines_no_algorithm(source):
     cells = build.generate(source).cells
     prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
@@ -144,5 +225,8 @@ def test_every_lesson_has_its_parts_and_defines_no_algorithm(source):
     assert prose.count("**Predict.**") >= 3 and prose.count("**Explain.**") >= 3
     assert "must fail" in prose, "a control that must fail"
     assert cells[-1].cell_type == "markdown" and cells[-1].source.startswith("## What would change on your model")
+    assert sum(c.source.startswith("## Exercises") for c in cells) == 1
     for cell in code:
+        if cell.metadata.get("tags") in (["stub"], ["solution"]):
+            continue  # what the reader writes
         assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.While) for n in ast.walk(ast.parse(cell.source))), cell.source

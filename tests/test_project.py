@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -280,6 +281,36 @@ def test_makefile_and_readme_name_real_extras_and_targets():
     assert set(re.findall(r"\bmake ([a-z]+)\b(?=`|\s+#|$)", readme, flags=re.MULTILINE)) <= targets
     for extras in re.findall(r"\.\[([\w,]+)\]", readme):
         assert set(extras.split(",")) <= set(EXTRAS)
+
+
+def test_the_readme_lists_every_lesson_and_every_file_as_they_are():
+    run = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_maker_of_those_lists_sees_what_is_missing(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("ci_readme", ROOT / ".ci" / "readme.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    monkeypatch.setattr(maker, "ROOT", tmp_path)
+    (tmp_path / "edgelab").mkdir()
+    (tmp_path / "edgelab" / "__init__.py").write_text('"""The door. More."""\n')
+    room = tmp_path / "edgelab" / "room.py"
+    room.write_text('"""What it is,\nin short: this. And more.\n\nMuch more.\n"""\n')
+    assert "- `room.py`: What it is, in short: this\n" in maker.files({"room": 1}) + "\n"
+    room.write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"room\.py has no docstring"):
+        maker.files({"room": 1})
+    (tmp_path / "notebooks" / "src").mkdir(parents=True)
+    lesson = tmp_path / "notebooks" / "src" / "00_a.py"
+    lesson.write_text("# %% [markdown]\n# # 00 · A\n#\n# **Claim: it\n# holds.**\n")
+    assert maker.lessons().endswith("| [00 · A](notebooks/00_a.ipynb) | It holds. |")
+    lesson.write_text("# %% [markdown]\n# # 00 · A\n")
+    with pytest.raises(ValueError, match="no claim"):
+        maker.lessons()
+    assert maker.renewed("a <!-- x -->old<!-- /x --> b", "x", "new") == "a <!-- x -->\nnew\n<!-- /x --> b"
+    with pytest.raises(ValueError, match="each once"):
+        maker.renewed("a", "x", "new")
 
 
 def test_make_clean_leaves_what_is_the_users():

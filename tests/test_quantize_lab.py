@@ -209,7 +209,7 @@ def test_right_answers_are_accepted_and_none_is_not_answered():
     assert lab.check_rtn(-0.4, RIGHT).startswith("Right") and lab.check_rtn(float(q.scales[0, 0]), q.codes()[0]).startswith("Right")
     assert lab.check_bits(3.5).startswith("Right") and lab.check_gptq(0.4, 0).startswith("Right")
     for said in (lab.check_rtn(None, RIGHT), lab.check_bits(None), lab.check_gptq(0.4, None)):
-        assert said.startswith("Not answered yet")
+        assert said.startswith("Not yet: no answer so far")
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,9 @@
 # **explain**.
 
 # %%
-import zlib
-
 from IPython.display import Markdown, display
 
-from edgelab import data, doctor, plots, words
+from edgelab import data, doctor, plots, start_lab, words
 from edgelab.compress import audit
 from edgelab.evaluate import documents as choose_documents
 from edgelab.evaluate import evaluate, generate_answers
@@ -143,8 +141,7 @@ assert before != after, "the fingerprint did not notice a changed letter"
 report = evaluate({"fp": model}, tokenizer, test, max_docs=documents, seed=seed, bootstrap=500, speed=False, progress=False)
 chosen = choose_documents(test, tokenizer, documents)  # the same ones that evaluate takes
 for domain in ("prose", "code"):
-    text = "".join(tokenizer.decode(d.ids, skip_special_tokens=True) for d in chosen if d.domain == domain).encode()
-    packed = 8 * len(zlib.compress(text, 9)) / len(text)
+    packed = start_lab.zlib_bits_per_byte("".join(tokenizer.decode(d.ids, skip_special_tokens=True) for d in chosen if d.domain == domain))
     row = report.get(metric="bits_per_byte", slice=domain)
     print(f"{domain:6}  zlib {packed:.2f}   model {words.shown(row)}   bits per byte, {row.n} documents")
     assert row.high < packed, f"the model knows no more of {domain} than zlib"
@@ -164,6 +161,143 @@ answer = generate_answers(model, tokenizer, [command["prompt"]])[0]
 print("asked    ", command["prompt"])
 print("expected ", command["answer"])
 print("answered ", tokenizer.decode(answer, skip_special_tokens=True))
+
+# %% [markdown]
+# ## Exercises
+
+# %% tags=["exercise-setup"]
+import zlib
+
+from edgelab import start_lab
+
+# %% [markdown] tags=["exercise"] exercise="one-token" difficulty=1 importance=3 minutes=3
+# A mixture has 64 experts in each layer and uses 6 of them per token. The experts are 90 % of its weights; the rest (attention,
+# embedding, router, norms) is used by every token. What share of all weights does one token use?
+
+# %% tags=["stub"]
+share = None  # between 0 and 1
+
+# %% tags=["check"]
+start_lab.check_touched(share)
+
+# %% [markdown] tags=["hint"]
+# Two parts: what every token uses, and its share of the experts.
+
+# %% [markdown] tags=["expected"]
+# A share that is nearer to 0.2 than to 0.1.
+
+# %% tags=["solution"]
+share = 0.1 + 0.9 * 6 / 64
+
+# %% [markdown] tags=["why"]
+# The answer says how much is computed and read per token, not how much is stored: all of it is.
+
+# %% tags=["mutant"]
+# only the experts count
+share = 6 / 64
+
+# %% tags=["mutant"]
+# the experts' share of the whole, but the rest is forgotten
+share = 0.9 * 6 / 64
+
+# %% tags=["mutant"]
+# 6 of 64 taken as a share of the whole model
+share = 0.1 + 6 / 64
+
+# %% tags=["mutant"]
+# per cent
+share = 18.4
+
+# %% [markdown] tags=["exercise"] exercise="bits-per-byte" difficulty=2 importance=3 minutes=4
+# A model needs 1.7 nats per token on a text whose tokens are 3.4 bytes long on average. How many bits per byte is that?
+
+# %% tags=["stub"]
+bits = None
+
+# %% tags=["check"]
+start_lab.check_bits_per_byte(bits)
+
+# %% [markdown] tags=["hint"]
+# A nat is 1 / ln 2 bits: `math.log(2)` is 0.693.
+
+# %% [markdown] tags=["expected"]
+# Less than one bit per byte: less than a third of what `zlib` needs for prose.
+
+# %% tags=["solution"]
+bits = 1.7 / 0.6931 / 3.4
+
+# %% [markdown] tags=["why"]
+# Nats per token, or perplexity, can be compared between models with the same tokenizer only: whoever cuts text into longer tokens needs
+# more nats for each. Bytes are the same for all.
+
+# %% tags=["mutant"]
+# takes nats for bits
+bits = 1.7 / 3.4
+
+# %% tags=["mutant"]
+# bits per token
+bits = 1.7 / 0.6931
+
+# %% tags=["mutant"]
+# a nat as 0.69 bits instead of 1.44
+bits = 1.7 * 0.6931 / 3.4
+
+# %% tags=["mutant"]
+# multiplies by the bytes of a token
+bits = 1.7 / 0.6931 * 3.4
+
+# %% [markdown] tags=["exercise"] exercise="zlib-baseline" difficulty=2 importance=2 minutes=6
+# Write the baseline of section 5: a function of a text that returns how many bits per byte `zlib` needs for it, at level 9.
+
+
+# %% tags=["stub"]
+def bits_per_byte(text):
+    """A number: the bits of the packed text over the bytes of the text in UTF-8."""
+    ...
+
+
+# %% tags=["check"]
+start_lab.check_zlib(bits_per_byte)
+
+# %% [markdown] tags=["hint"]
+# `text.encode()` makes UTF-8 bytes; `zlib.compress(raw, 9)` packs them.
+
+# %% [markdown] tags=["expected"]
+# The text "a" needs 72 bits for its one byte: `zlib` has a header and a checksum.
+
+
+# %% tags=["solution"]
+def bits_per_byte(text):
+    raw = text.encode()
+    return 8 * len(zlib.compress(raw, 9)) / len(raw)
+
+
+# %% tags=["mutant"]
+# divides by characters: an umlaut is two bytes
+def bits_per_byte(text):
+    return 8 * len(zlib.compress(text.encode(), 9)) / len(text)
+
+
+# %% tags=["mutant"]
+# bytes per byte
+def bits_per_byte(text):
+    raw = text.encode()
+    return len(zlib.compress(raw, 9)) / len(raw)
+
+
+# %% tags=["mutant"]
+# upside down: the rate of compression
+def bits_per_byte(text):
+    raw = text.encode()
+    return 8 * len(raw) / len(zlib.compress(raw, 9))
+
+
+# %% tags=["mutant"]
+# an encoding of one byte per character, which loses the rest
+def bits_per_byte(text):
+    raw = text.encode("latin-1", "replace")
+    return 8 * len(zlib.compress(raw, 9)) / len(raw)
+
 
 # %% [markdown]
 # ## What would change on your model

@@ -36,7 +36,7 @@ from edgelab.widgets import BitsControl, measurer
 
 # %% tags=["parameters"]
 model_dir = str(data_dir() / "edge-moe")  # any folder with a Hugging Face causal language model
-documents = {"prose": 16, "code": 16, "assistant": 40, "arithmetic": 80}  # of the test split
+documents = {"prose": 8, "code": 8, "assistant": 40, "arithmetic": 60}  # of the test split
 seed = 0
 out = "../runs/01"  # what this notebook writes
 
@@ -239,6 +239,150 @@ display(HTML(control.html))
 # %% [markdown]
 # **Look.** The table holds the same numbers as the plot. The slice is small, so the intervals are wide: widen it
 # (`max_docs`) before you believe a small difference.
+
+# %% [markdown]
+# ## Exercises
+
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import start_lab
+
+# %% [markdown] tags=["exercise"] exercise="experts-skipped" difficulty=1 importance=3 minutes=3
+# 80 % of a model's weights are experts. A tool stores all others in `int4-g32` and overlooks the experts: they stay in 16 bits. How many
+# bits per weight has this "4-bit model"?
+
+# %% tags=["stub"]
+bits = None
+
+# %% tags=["check"]
+start_lab.check_skipped(bits)
+
+# %% [markdown] tags=["hint"]
+# `int4-g32` takes 4.5 bits, scales and all. A mean, in which each kind counts with its share.
+
+# %% [markdown] tags=["expected"]
+# More than 13: most of the model is as large as before.
+
+# %% tags=["solution"]
+bits = 0.8 * 16 + 0.2 * 4.5
+
+# %% [markdown] tags=["why"]
+# That is what the audit of section 3 counts, and why it refuses such a model unless it is told to take it.
+
+# %% tags=["mutant"]
+# believes the name
+bits = 4.5
+
+# %% tags=["mutant"]
+# forgets the scales
+bits = 0.8 * 16 + 0.2 * 4
+
+# %% tags=["mutant"]
+# the wrong ones in 4 bits
+bits = 0.2 * 16 + 0.8 * 4.5
+
+# %% tags=["mutant"]
+# a mean of two kinds, as if they were equally many
+bits = (16 + 4.5) / 2
+
+# %% [markdown] tags=["exercise"] exercise="kl-by-hand" difficulty=2 importance=3 minutes=5
+# Three words can come next. The original gives them the probabilities 0.7, 0.2 and 0.1, the compressed model 0.6, 0.3 and 0.1. What is
+# the KL divergence of the compressed model from the original, KL(original || compressed), in nats?
+
+# %% tags=["stub"]
+nats = None
+
+# %% tags=["check"]
+start_lab.check_kl(nats)
+
+# %% [markdown] tags=["hint"]
+# Σ p ln(p / q), with p of the original. One of the three terms is zero, and one is negative.
+
+# %% [markdown] tags=["expected"]
+# A few hundredths of a nat, though the likeliest word is the same.
+
+# %% tags=["solution"]
+nats = 0.7 * np.log(0.7 / 0.6) + 0.2 * np.log(0.2 / 0.3)
+
+# %% tags=["mutant"]
+# the other way round
+nats = 0.6 * np.log(0.6 / 0.7) + 0.3 * np.log(0.3 / 0.2)
+
+# %% tags=["mutant"]
+# bits
+nats = 0.7 * np.log2(0.7 / 0.6) + 0.2 * np.log2(0.2 / 0.3)
+
+# %% tags=["mutant"]
+# terms are not weighed
+nats = np.log(0.7 / 0.6) + np.log(0.2 / 0.3)
+
+# %% tags=["mutant"]
+# a distance: terms are made positive
+nats = 0.7 * np.log(0.7 / 0.6) + 0.2 * np.log(0.3 / 0.2)
+
+# %% tags=["mutant"]
+# the sum of differences
+nats = 0.1 + 0.1
+
+# %% [markdown] tags=["exercise"] exercise="dequantize" difficulty=2 importance=3 minutes=8
+# Write what a runtime does with the bundle of section 5: turn stored codes into weights, weight = scale · (code − 2^(b−1)). `codes` is a
+# uint8 array [out, in], `scales` a float array [out, groups]: a row's first `in / groups` weights share its first scale, and so on.
+
+
+# %% tags=["stub"]
+def dequantize(codes, scales, bits):
+    """The weights, a float array of the shape of `codes`."""
+    ...
+
+
+# %% tags=["check"]
+start_lab.check_dequantize(dequantize)
+
+# %% [markdown] tags=["hint"]
+# What is 3 − 8 in uint8? `np.repeat(scales, n, axis=1)` writes each scale n times.
+
+# %% [markdown] tags=["expected"]
+# The codes 9 15 8 12 with the scale 0.5 at 4 bits are the weights 0.5 3.5 0 2.
+
+
+# %% tags=["solution"]
+def dequantize(codes, scales, bits):
+    levels = codes.astype(np.float32) - 2 ** (bits - 1)
+    return levels * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
+
+# %% tags=["mutant"]
+# subtracts in uint8, where 3 - 8 is 251
+def dequantize(codes, scales, bits):
+    levels = codes - np.uint8(2 ** (bits - 1))
+    return levels * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
+
+# %% tags=["mutant"]
+# no zero point
+def dequantize(codes, scales, bits):
+    return codes.astype(float) * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
+
+# %% tags=["mutant"]
+# one scale for a row
+def dequantize(codes, scales, bits):
+    return (codes.astype(float) - 2 ** (bits - 1)) * scales[:, :1]
+
+
+# %% tags=["mutant"]
+# scales take turns: the first for input 0, the second for input 1
+def dequantize(codes, scales, bits):
+    return (codes.astype(float) - 2 ** (bits - 1)) * np.tile(scales, codes.shape[1] // scales.shape[1])
+
+
+# %% tags=["mutant"]
+# the middle of 0 .. 15 as 7.5
+def dequantize(codes, scales, bits):
+    levels = codes.astype(float) - (2**bits - 1) / 2
+    return levels * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
 
 # %% [markdown]
 # ## What would change on your model

@@ -324,6 +324,186 @@ for what, p in (("least time for one row", fastest), ("most operations per secon
 # activations do most operations per second, and 8 bits err least.
 
 # %% [markdown]
+# ## Exercises
+
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import matmul_lab
+
+# %% [markdown] tags=["exercise"] exercise="knee" difficulty=2 importance=3 minutes=5
+# A machine reads 40 GB/s from memory and makes 800 · 10⁹ multiply-adds of bytes per second. A weight is in `int4-g32`. From how many rows
+# of inputs on does the product take longer to compute than to read? (Activations are not counted.)
+
+# %% tags=["stub"]
+rows = None
+
+# %% tags=["check"]
+matmul_lab.check_knee(rows)
+
+# %% [markdown] tags=["hint"]
+# For one weight: the seconds to read its bits, and the seconds of one multiply-add. The size of the matrix falls out.
+
+# %% [markdown] tags=["expected"]
+# Between 10 and 15 rows.
+
+# %% tags=["solution"]
+rows = 4.5 / 8 / 40 * 800
+
+# %% [markdown] tags=["why"]
+# A model that decodes one token for one user sits far to the left of the knee. That is why bits, and not operations, decide its speed.
+
+# %% tags=["mutant"]
+# forgets the scales
+rows = 4 / 8 / 40 * 800
+
+# %% tags=["mutant"]
+# a multiply-add as two operations
+rows = 4.5 / 8 / 40 * 800 / 2
+
+# %% tags=["mutant"]
+# bits for bytes
+rows = 4.5 / 40 * 800
+
+# %% tags=["mutant"]
+# weights of 16 bits
+rows = 2 / 40 * 800
+
+# %% tags=["mutant"]
+# upside down
+rows = 40 / 800 * 8 / 4.5
+
+# %% [markdown] tags=["exercise"] exercise="pack-nibbles" difficulty=2 importance=2 minutes=8
+# Write the packing of 4-bit codes: two neighbours share a byte, the first in its low half. With an odd number of codes, the last byte's
+# high half is zero.
+
+
+# %% tags=["stub"]
+def pack(codes):
+    """The bytes, a uint8 array half as long (rounded up) as `codes`, a uint8 array of numbers 0 .. 15."""
+    ...
+
+
+# %% tags=["check"]
+matmul_lab.check_pack(pack)
+
+# %% [markdown] tags=["hint"]
+# `codes[::2]` are the first of each pair, `codes[1::2]` the second; shift the latter by four bits. An odd number: add a zero first.
+
+# %% [markdown] tags=["expected"]
+# The codes 1 and 2 make one byte, 33.
+
+
+# %% tags=["solution"]
+def pack(codes):
+    even = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+    return even[::2] | even[1::2] << 4
+
+
+# %% tags=["mutant"]
+# the first code in the high half
+def pack(codes):
+    even = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+    return even[::2] << 4 | even[1::2]
+
+
+# %% tags=["mutant"]
+# loses the last of an odd number
+def pack(codes):
+    n = len(codes) // 2
+    return codes[: 2 * n : 2] | codes[1 : 2 * n : 2] << 4
+
+
+# %% tags=["mutant"]
+# the first half of the codes into the low halves, the second into the high ones
+def pack(codes):
+    half = (len(codes) + 1) // 2
+    packed = codes[:half].copy()
+    packed[: len(codes) - half] |= codes[half:] << 4
+    return packed
+
+
+# %% tags=["mutant"]
+# multiplies by 15, the largest code, instead of 16
+def pack(codes):
+    even = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+    return even[::2] + 15 * even[1::2]
+
+
+# %% [markdown] tags=["exercise"] exercise="round-activations" difficulty=2 importance=3 minutes=8
+# Write what the int8 kernel does to a group of activations before it multiplies: symmetric, one step for the group, step = max|x| / 127,
+# codes from −127 to 127. A group of zeros has the step 0 and codes 0.
+
+
+# %% tags=["stub"]
+def round_group(x):
+    """(codes, step) of a float array `x`: codes as an array of its length, step as a number."""
+    ...
+
+
+# %% tags=["check"]
+matmul_lab.check_activations(round_group)
+
+# %% [markdown] tags=["hint"]
+# `np.rint` rounds to the nearest whole number. What does x / 0 do?
+
+# %% [markdown] tags=["expected"]
+# 2.54, −0.01, 0.333 and 1.0 have the step 0.02 and the codes 127, 0, 17, 50.
+
+
+# %% tags=["solution"]
+def round_group(x):
+    step = np.abs(x).max() / 127
+    if step == 0:
+        return np.zeros(len(x)), 0.0
+    return np.rint(x / step), step
+
+
+# %% tags=["mutant"]
+# the largest value instead of the largest magnitude
+def round_group(x):
+    step = x.max() / 127
+    if step == 0:
+        return np.zeros(len(x)), 0.0
+    return np.clip(np.rint(x / step), -127, 127), step
+
+
+# %% tags=["mutant"]
+# 128 steps on each side
+def round_group(x):
+    step = np.abs(x).max() / 128
+    if step == 0:
+        return np.zeros(len(x)), 0.0
+    return np.clip(np.rint(x / step), -128, 127), step
+
+
+# %% tags=["mutant"]
+# cuts off instead of rounding
+def round_group(x):
+    step = np.abs(x).max() / 127
+    if step == 0:
+        return np.zeros(len(x)), 0.0
+    return np.trunc(x / step), step
+
+
+# %% tags=["mutant"]
+# zeros are divided by zero
+def round_group(x):
+    step = np.abs(x).max() / 127
+    with np.errstate(invalid="ignore"):
+        return np.rint(x / step), step
+
+
+# %% tags=["mutant"]
+# rounds half up by adding 0.5, which is wrong below zero
+def round_group(x):
+    step = np.abs(x).max() / 127
+    if step == 0:
+        return np.zeros(len(x)), 0.0
+    return np.trunc(x / step + 0.5), step
+
+
+# %% [markdown]
 # ## What would change on your model
 #
 # The weights are larger, and the rest is the same. Any linear layer of any model takes the place of the head:

@@ -279,39 +279,241 @@ assert min(klds["smoothed"].values()) < min(klds["as it is"].values()) < min(kld
 
 # %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1.** (easy, 5 minutes, by hand) The bins 4 2 1 3 and two levels: how many bins does the rule keep? *Hint*: three candidates;
-# section 2 has the recipe.
 
-# %%
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import clip_lab
+
+# %% [markdown] tags=["exercise"] exercise="bins-kept" difficulty=1 importance=3 minutes=5
+# By hand: the bins 4 2 1 3 and two levels. How many bins does the rule of section 2 keep?
+
+# %% tags=["stub"]
 bins_kept = None
-print(clip_lab.check_bins_kept(bins_kept))
 
-# %% [markdown]
-# **2.** (easy, 1 minute) The threshold is 6.35. How large is the step of int8?
+# %% tags=["check"]
+clip_lab.check_bins_kept(bins_kept)
 
-# %%
+# %% [markdown] tags=["hint"]
+# There are three candidates; section 2 has the recipe. Shares before KL: P and Q are divided by their sums.
+
+# %% [markdown] tags=["expected"]
+# One of 2, 3 and 4.
+
+# %% tags=["solution"]
+bins_kept = 4
+
+# %% [markdown] tags=["why"]
+# KL is 0.148 with two bins, 0.232 with three, 0.086 with four.
+
+# %% tags=["mutant"]
+# as many as levels: nothing is merged
+bins_kept = 2
+
+# %% tags=["mutant"]
+# one less than all, as in the slides' loop
+bins_kept = 3
+
+# %% tags=["mutant"]
+# fewer bins than levels
+bins_kept = 1
+
+# %% [markdown] tags=["exercise"] exercise="int8-step" difficulty=1 importance=2 minutes=1
+# The threshold is 6.35. How large is the step of int8?
+
+# %% tags=["stub"]
 step = None
-print(clip_lab.check_step(step))
 
-# %% [markdown]
-# **3.** (harder, 10 minutes) 100,000 values, all within ±4 but one, which is 60. What is the mean squared error from *clipping* it at
-# 4, and that of the rounding if the threshold is 60? *Hint*: a rounding error is spread evenly over a step, its mean square is step² / 12.
+# %% tags=["check"]
+clip_lab.check_step(step)
 
-# %%
+# %% [markdown] tags=["hint"]
+# The codes run from −127 to 127.
+
+# %% [markdown] tags=["expected"]
+# The threshold is a whole number of steps away from zero.
+
+# %% tags=["solution"]
+step = 6.35 / 127
+
+# %% tags=["mutant"]
+# 128 codes below zero are not used here
+step = 6.35 / 128
+
+# %% tags=["mutant"]
+# 255 steps, one too many
+step = 12.7 / 255
+
+# %% tags=["mutant"]
+# the whole range has the threshold twice
+step = 6.35 / 255
+
+# %% [markdown] tags=["exercise"] exercise="clip-or-keep" difficulty=3 importance=3 minutes=10
+# 100,000 values, all within ±4 but one, which is 60. What is the mean squared error from *clipping* it at 4, and that of the rounding if
+# the threshold is 60?
+
+# %% tags=["stub"]
 error_of_clipping, error_of_keeping = None, None
-print(clip_lab.check_costs(error_of_clipping, error_of_keeping))
 
-# %% [markdown]
-# <details><summary>Solutions</summary>
-#
-# 1. All four. KL is 0.148 with two bins, 0.232 with three, 0.086 with four.
-# 2. 6.35 / 127 = 0.05.
-# 3. 56² / 100,000 = 0.031 and (60 / 127)² / 12 = 0.019: the squared error keeps the outlier.
-#
-# </details>
+# %% tags=["check"]
+clip_lab.check_costs(error_of_clipping, error_of_keeping)
+
+# %% [markdown] tags=["hint"]
+# A rounding error is spread evenly over a step; its mean square is step² / 12.
+
+# %% [markdown] tags=["expected"]
+# The second is smaller, but not by much.
+
+# %% tags=["solution"]
+error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 127) ** 2 / 12
+
+# %% [markdown] tags=["why"]
+# 0.031 and 0.019: the squared error keeps the outlier. KL would cut it, since it is one value in 100,000.
+
+# %% tags=["mutant"]
+# loses all of the outlier
+error_of_clipping, error_of_keeping = 60**2 / 100_000, (60 / 127) ** 2 / 12
+
+# %% tags=["mutant"]
+# not squared
+error_of_clipping, error_of_keeping = 56 / 100_000, (60 / 127) ** 2 / 12
+
+# %% tags=["mutant"]
+# every value is off by a whole step
+error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 127) ** 2
+
+# %% tags=["mutant"]
+# 255 steps on one side
+error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 255) ** 2 / 12
+
+# %% tags=["mutant"]
+# one for the other
+error_of_clipping, error_of_keeping = (60 / 127) ** 2 / 12, 56**2 / 100_000
+
+# %% [markdown] tags=["exercise"] exercise="kl-of-a-candidate" difficulty=3 importance=2 minutes=20
+# Write the rule of section 2 for one candidate: KL(P || Q) in nats when `kept` of the bins in `counts` (whole numbers) are kept and
+# merged into `levels` levels. Bin j goes to level `j * levels // kept`. Where Q is zero and P is not, KL is infinite.
+
+
+# %% tags=["stub"]
+def divergence(counts, kept, levels):
+    """KL(P || Q) in nats, a number; `counts` is an array of whole numbers, `kept` of which are kept."""
+    ...
+
+
+# %% tags=["check"]
+clip_lab.check_divergence(divergence)
+
+# %% [markdown] tags=["hint"]
+# P: a copy of the first bins as floats, the rest of the counts added to the last. Q: for each level the sum of its bins *without*
+# outliers, shared by those of its bins that are not empty. Divide both by their sums, and leave out the bins where P is zero.
+
+# %% [markdown] tags=["expected"]
+# For 4 2 1 3 and two levels: 0.148 with two bins kept, 0.232 with three, 0.086 with four.
+
+
+# %% tags=["solution"]
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    for k in range(levels):
+        filled = (level == k) & (counts[:kept] > 0)
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = p > 0
+    if (q[there] == 0).any():
+        return np.inf
+    return np.sum(p[there] * np.log(p[there] / q[there]))
+
+
+# %% tags=["mutant"]
+# outliers go into Q, too
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    counts = p
+    for k in range(levels):
+        filled = (level == k) & (counts[:kept] > 0)
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = p > 0
+    if (q[there] == 0).any():
+        return np.inf
+    return np.sum(p[there] * np.log(p[there] / q[there]))
+
+
+# %% tags=["mutant"]
+# outliers are dropped from P
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    for k in range(levels):
+        filled = (level == k) & (counts[:kept] > 0)
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = p > 0
+    if (q[there] == 0).any():
+        return np.inf
+    return np.sum(p[there] * np.log(p[there] / q[there]))
+
+
+# %% tags=["mutant"]
+# empty bins get their share of a level
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    for k in range(levels):
+        filled = level == k
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = p > 0
+    if (q[there] == 0).any():
+        return np.inf
+    return np.sum(p[there] * np.log(p[there] / q[there]))
+
+
+# %% tags=["mutant"]
+# KL(Q || P)
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    for k in range(levels):
+        filled = (level == k) & (counts[:kept] > 0)
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = (q > 0) & (p > 0)
+    return np.sum(q[there] * np.log(q[there] / p[there]))
+
+
+# %% tags=["mutant"]
+# leaves out what would be infinite
+def divergence(counts, kept, levels):
+    p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    q = np.zeros(kept)
+    for k in range(levels):
+        filled = (level == k) & (counts[:kept] > 0)
+        if filled.any():
+            q[filled] = counts[:kept][level == k].sum() / filled.sum()
+    p, q = p / p.sum(), q / q.sum()
+    there = (p > 0) & (q > 0)
+    return np.sum(p[there] * np.log(p[there] / q[there]))
+
 
 # %% [markdown]
 # ## What would change on your model

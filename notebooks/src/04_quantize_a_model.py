@@ -42,7 +42,7 @@ from edgelab.transforms import plant_outliers
 model_dir = str(data_dir() / "edge-dense")  # any folder with a Hugging Face causal language model
 weight_name = "model.layers.2.mlp.up_proj"  # the matrix of section 1
 calibration_tokens = 4096
-documents = {"prose": 4, "code": 4, "assistant": 12, "arithmetic": 12}  # of the test split
+documents = {"prose": 3, "code": 3, "assistant": 12, "arithmetic": 12}  # of the test split
 seed = 0
 
 # %%
@@ -174,9 +174,12 @@ assert found.ratio("gptq", "rtn")[2] < 1, "GPTQ is not better than rounding to n
 # Is it the same on every stair?
 
 # %%
-tried = [*(f"int{bits}-g32" for bits in (8, 4, 3, 2)), *(f"int{bits}-g128" for bits in (4, 3, 2))]
-stairs = {f"{method} {scheme}": Recipe.body(scheme, method=method) for method in ("rtn", "gptq") for scheme in tried}
-there = {"gptq int4-g32": made["gptq"]}  # from section 2
+tried = {
+    "rtn": ("int8-g32", "int4-g32", "int3-g32", "int2-g32", "int4-g128", "int3-g128"),
+    "gptq": ("int4-g32", "int3-g32", "int2-g32", "int4-g128"),
+}
+stairs = {f"{method} {scheme}": Recipe.body(scheme, method=method) for method in tried for scheme in tried[method]}
+there = {f"{method} int4-g32": made[method] for method in tried}  # from section 2
 built = {name: there.get(name) or compress(model, r, calibration=calibration, progress=False) for name, r in stairs.items()}
 climbed = lab.results(model, built, **measured)
 sentence = lab.say_staircase(climbed.points)
@@ -218,7 +221,7 @@ control = lab.StaircaseControl(climbed.points)
 control
 
 # %%
-for choice in ("rtn int4-g128", "gptq int3-g128", "gptq int3-g32"):
+for choice in ("rtn int4-g128", "gptq int4-g128", "gptq int3-g32"):
     control.choose(choice)
     assert control.error is None, control.error
 display(HTML(control.told), HTML(control.html))
@@ -236,7 +239,7 @@ display(HTML(control.told), HTML(control.html))
 # **Predict.** With the bytes of uniform 3-bit weights to spend on 2, 3 and 4 bits: how much KL divergence will that save?
 
 # %%
-looked_at = [calibration[0][:2]]
+looked_at = [calibration[0][:1]]
 costs = sensitivity(model, looked_at, schemes=("int2-g32", "int3-g32", "int4-g32"), progress=False)
 budget = sum(options["int3-g32"][1] for options in costs.values())
 allocation = allocate(costs, budget)
@@ -245,15 +248,12 @@ print(additivity(model, looked_at, costs, allocation))
 display(Markdown(words.markdown(lab.cost_rows(costs, allocation.choice, "int3-g32"))))
 
 # %%
-uniform = Recipe.body("int3-g32", method=Rtn(mse_grid=24))
-ours = Recipe((mixed_recipe(allocation, uniform.steps[-1]),))
-mixed = {"mse, uniform": compress(model, uniform, progress=False), "mse, mixed": compress(model, ours, progress=False)}
+uniform = built["gptq int3-g32"]  # from section 3
 ours = Recipe((mixed_recipe(allocation, stairs["gptq int3-g32"].steps[-1]),))
-mixed |= {"gptq, uniform": built["gptq int3-g32"], "gptq, mixed": compress(model, ours, calibration=calibration, progress=False)}
+mixed = {"gptq, uniform": uniform, "gptq, mixed": compress(model, ours, calibration=calibration, progress=False)}
 mixture = lab.results(model, mixed, **measured)
-display(Markdown(words.markdown(mixture.rows(against="mse, uniform"))))
-assert mixture.points["mse, mixed"].nbytes <= mixture.points["mse, uniform"].nbytes
-print("mixed / uniform, with GPTQ: {:.2f} [{:.2f}, {:.2f}]".format(*mixture.ratio("gptq, mixed", "gptq, uniform")))
+display(Markdown(words.markdown(mixture.rows(against="gptq, uniform"))))
+assert mixture.points["gptq, mixed"].nbytes <= mixture.points["gptq, uniform"].nbytes
 
 # %% [markdown]
 # **Look.** The first four lines of the upper table are the weights that lose most per byte, the last four those that lose least.
@@ -291,7 +291,7 @@ display(Markdown(sentence))
 # **Answer.** Not at all: a factor that is a power of two loses nothing in floating point. But a token's largest value now sets the step of
 # int8, and all that is left of most channels is a step or two of 127.
 #
-# Weights in 8 bits with a scale per row, activations in 8 bits with a scale per token or one for the whole tensor ("W8A8"). Three cures:
+# Weights in 8 bits with a scale per row, activations in 8 bits with a scale per token ("W8A8"). Three cures:
 #
 # - **SmoothQuant**: divide each channel by max|x|^½ / max|w|^½ and multiply the weights that read it. The norm before takes the factor.
 # - **Rotation**: turn the hidden states by a random orthogonal matrix made of ±1/√n; every channel becomes a mixture of all.
@@ -303,33 +303,27 @@ display(Markdown(sentence))
 
 # %%
 cures = {"naive": {}, "SmoothQuant": {"before": (Smooth(),)}, "rotation": {"before": (Rotate(seed),)}, "split at 6": {}}
-eight = {}
-for act in ("a8-token", "a8-tensor"):
-    eight[f"{act}, no outliers"] = compress(model, Recipe.body("int8-row", activations=act), progress=False)
-    for cure, settings in cures.items():
-        activations = f"{act}-o6" if cure == "split at 6" else act
-        recipe = Recipe.body("int8-row", activations=activations, **settings)
-        eight[f"{act}, {cure}"] = compress(sick, recipe, calibration=calibration, progress=False)
+eight = {"a8-token, no outliers": compress(model, Recipe.body("int8-row", activations="a8-token"), progress=False)}
+for cure, settings in cures.items():
+    recipe = Recipe.body("int8-row", activations="a8-token-o6" if cure == "split at 6" else "a8-token", **settings)
+    eight[f"a8-token, {cure}"] = compress(sick, recipe, calibration=calibration, progress=False)
 eight["W8 alone, no outliers"] = compress(model, Recipe.body("int8-row"), progress=False)
 eight["W8 alone, outliers"] = compress(sick, Recipe.body("int8-row"), progress=False)
 outliers = lab.results(model, eight, **measured)
-for act in ("a8-token", "a8-tensor"):
-    names = [f"{act}, {cure}" for cure in cures]
-    display(Markdown(words.markdown(lab.recovery_rows(outliers, f"{act}, no outliers", names[0], names[1:]))))
+names = [f"a8-token, {cure}" for cure in cures]
+display(Markdown(words.markdown(lab.recovery_rows(outliers, "a8-token, no outliers", names[0], names[1:]))))
 display(Markdown(words.markdown(outliers.rows(names=["W8 alone, no outliers", "W8 alone, outliers"]))))
 assert outliers.points["a8-token, naive"].low > 10 * outliers.points["a8-token, no outliers"].high, "the outliers did no harm"
 
 # %% [markdown]
 # **Look.** 100 % is the KL divergence of the same W8A8 model without outliers; more means better than that.
 #
-# **Answer.** SmoothQuant and rotation win back everything. The split does nearly, with a scale per token: what it leaves is what
-# 8-bit *weights* alone lose on this model (the last table).
+# **Answer.** SmoothQuant and rotation win back everything. The split does nearly: what it leaves is what 8-bit *weights* alone lose on
+# this model (the last table).
 #
 # **Explain.** Planting made some weights 64 times as *small*, and one scale per row rounds those to nothing, whatever the activations
-# do. The split only looks at activations; the other two change the weights as well. With one scale per tensor it is the other
-# way round: the split wins by far, since this model has natural outliers of its own (notebook 03) that no channel-wise scale
-# takes away, and it does not round those either. It pays in speed: two products in place of one, with columns that differ from
-# input to input.
+# do. The split only looks at activations; the other two change the weights as well. It pays in speed, too: two products in place of
+# one, with columns that differ from input to input.
 #
 # What is planted is a scale, which suits the methods that choose scales. Real outliers are not so clean.
 #
@@ -365,12 +359,12 @@ assert weight_only.points["naive"].kld > 2 * weight_only.points["AWQ"].kld
 # the others; lines that are done are kept, so that a comparison that was stopped goes on. It also runs *peers*, other tools on the same
 # tokens and weights, where they are installed.
 #
-# **Predict.** Seconds are those of quantizing alone. How many times as long does GPTQ take as HQQ?
+# **Predict.** The table has a line for each method; here is one, and the original. Which of its columns would change on another machine?
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    settings = {"max_docs": {"prose": 4, "code": 4, "assistant": 12, "arithmetic": 12}, "context": 256, "bootstrap": 500, "progress": False}
-    table = compare(model_dir, tokenizer, text["test"], calibration, methods=("hqq", "gptq"), bits=(4,), out=folder, **settings)
+    settings = {"max_docs": documents, "context": 256, "bootstrap": 500, "progress": False}
+    table = compare(model_dir, tokenizer, text["test"], calibration, methods=("hqq",), bits=(4,), out=folder, **settings)
 table
 
 # %%
@@ -383,6 +377,8 @@ for key, value in table.facts.items():
 # %% [markdown]
 # **Look.** `bits` are those of the rounded weights, `all bits` those of all parameters, embedding included; the MB are read from the disk.
 #
+# **Answer.** The seconds, which are those of quantizing alone, and the memory. Bits and bytes are counted, and the rest hardly moves.
+#
 # **Explain.** Whoever reads such a table asks: same text, same weights, same bits? Was the rest of the model in 16 bits? Are intervals
 # paired? Each is a fact that the object carries (`table.facts`, `table.report`). On the command line:
 #
@@ -394,62 +390,277 @@ for key, value in table.facts.items():
 
 # %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1.** (difficulty 1 of 3, importance 3 of 3, 10 minutes) Round these eight weights to 3 bits by hand, in the signed-maximum form: one
-# scale for all, and eight stored codes 0 .. 7.
-#
-# <details><summary>Hint</summary>The weight of largest magnitude becomes level −4, so the scale may be negative. A stored code is
-# the level + 4.</details>
 
-# %%
-print("weights:", lab.EXERCISE_GROUP)
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import quantize_lab as lab
+
+print("the weights of exercises 1 and 3:", lab.EXERCISE_GROUP)
+
+# %% [markdown] tags=["exercise"] exercise="rtn-by-hand" difficulty=1 importance=3 minutes=10
+# Round the eight weights above to 3 bits by hand, in the signed-maximum form: one scale for all, and eight stored codes 0 .. 7.
+
+# %% tags=["stub"]
 scale, codes = None, None  # a number; a list of eight codes
-print(lab.check_rtn(scale, codes))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# The largest is 1.6, so the scale is 1.6 / −4 = −0.4. `codes = [min(max(round(w / -0.4), -4), 3) + 4 for w in lab.EXERCISE_GROUP]` gives
-# 3 6 1 4 3 0 7 2: −1.5 / −0.4 = 3.75 would be level 4, which there is not.
-#
-# </details>
-#
-# **2.** (difficulty 1 of 3, importance 2 of 3, 2 minutes) How many effective bits per weight does `uint3-g64` take?
-#
-# <details><summary>Hint</summary>Scales and offsets are float16.</details>
+# %% tags=["check"]
+lab.check_rtn(scale, codes)
 
-# %%
+# %% [markdown] tags=["hint"]
+# The weight of largest magnitude becomes level −4, so the scale may be negative. A stored code is the level + 4.
+
+# %% [markdown] tags=["expected"]
+# A negative scale. One of the weights is clipped.
+
+# %% tags=["solution"]
+scale, codes = -0.4, [3, 6, 1, 4, 3, 0, 7, 2]
+
+# %% [markdown] tags=["why"]
+# The largest is 1.6, so the scale is 1.6 / −4 = −0.4. `min(max(round(w / -0.4), -4), 3) + 4` gives the codes: −1.5 / −0.4 = 3.75 would be
+# level 4, which there is not.
+
+# %% tags=["mutant"]
+# max|w| / 3: one code is never used
+scale, codes = 1.6 / 3, [4, 2, 5, 3, 4, 6, 0, 5]
+
+# %% tags=["mutant"]
+# the sign: 1.6 would need level +4
+scale, codes = 0.4, [5, 2, 7, 4, 5, 7, 0, 6]
+
+# %% tags=["mutant"]
+# levels, not stored codes
+scale, codes = -0.4, [-1, 2, -3, 0, -1, -4, 3, -2]
+
+# %% tags=["mutant"]
+# a code that 3 bits cannot hold
+scale, codes = -0.4, [3, 6, 1, 4, 3, 0, 8, 2]
+
+# %% tags=["mutant"]
+# cut off instead of rounded
+scale, codes = -0.4, [4, 5, 1, 4, 3, 0, 7, 2]
+
+# %% [markdown] tags=["exercise"] exercise="effective-bits" difficulty=1 importance=2 minutes=2
+# How many effective bits per weight does `uint3-g64` take?
+
+# %% tags=["stub"]
 effective_bits = None
-print(lab.check_bits(effective_bits))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# 3 + (16 + 16) / 64 = 3.5, as `QuantScheme.parse("uint3-g64").bits_per_weight((64, 128))` says. Without the offset it would be 3.25.
-#
-# </details>
-#
-# **3.** (difficulty 3 of 3, importance 3 of 3, 15 minutes) A row of two weights, both 0.6; levels are the whole numbers; the inputs have
-# H = [[4, 1], [1, 2]]. GPTQ rounds the first weight to 1: its error is e₁ = 0.6 − 1 = −0.4. To which value does it *update* the second
-# weight before rounding it, and to which level is that rounded?
-#
-# <details><summary>Hint</summary>With e₁ fixed, which e₂ makes 4 e₁² + 2 e₁ e₂ + 2 e₂² least? The second weight is then
-# rounded as near to 0.6 − e₂ as the levels allow.</details>
+# %% tags=["check"]
+lab.check_bits(effective_bits)
 
-# %%
+# %% [markdown] tags=["hint"]
+# Scales and offsets are float16.
+
+# %% [markdown] tags=["expected"]
+# More than three, less than four.
+
+# %% tags=["solution"]
+effective_bits = 3 + (16 + 16) / 64
+
+# %% [markdown] tags=["why"]
+# So says `QuantScheme.parse("uint3-g64").bits_per_weight((64, 128))`. Without the offset it would be 3.25.
+
+# %% tags=["mutant"]
+# no offset
+effective_bits = 3 + 16 / 64
+
+# %% tags=["mutant"]
+# the codes alone
+effective_bits = 3
+
+# %% tags=["mutant"]
+# float32
+effective_bits = 3 + (32 + 32) / 64
+
+# %% tags=["mutant"]
+# scale, offset and a zero point
+effective_bits = 3 + 3 * 16 / 64
+
+# %% [markdown] tags=["exercise"] exercise="rtn-of-a-group" difficulty=2 importance=3 minutes=10
+# Exercise 1 as a function, for any number of bits: the scale in the signed-maximum form and the stored codes of one group of weights. Of
+# a group of zeros the scale is 0 and each code that of zero.
+
+
+# %% tags=["stub"]
+def rtn(group, bits):
+    """(scale, codes) of `group`, a float array: a number, and an array of whole numbers 0 .. 2**bits - 1."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_rtn_function(rtn)
+
+# %% [markdown] tags=["hint"]
+# `group[np.abs(group).argmax()]` is the weight of largest magnitude with its sign; divide it by −2^(b−1). Then `np.rint`, `np.clip`, and
+# add 2^(b−1).
+
+# %% [markdown] tags=["expected"]
+# For the eight weights and 3 bits: −0.4 and 3 6 1 4 3 0 7 2.
+
+
+# %% tags=["solution"]
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = group[np.abs(group).argmax()] / -half
+    if scale == 0:
+        return 0.0, np.full(len(group), half)
+    return scale, np.clip(np.rint(group / scale), -half, half - 1) + half
+
+
+# %% tags=["mutant"]
+# |w|, whose scale is never negative
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = np.abs(group).max() / half
+    if scale == 0:
+        return 0.0, np.full(len(group), half)
+    return scale, np.clip(np.rint(group / scale), -half, half - 1) + half
+
+
+# %% tags=["mutant"]
+# max|w| / (2^(b-1) - 1): wastes a code
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = np.abs(group).max() / (half - 1)
+    if scale == 0:
+        return 0.0, np.full(len(group), half)
+    return scale, np.clip(np.rint(group / scale), -half, half - 1) + half
+
+
+# %% tags=["mutant"]
+# no clipping
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = group[np.abs(group).argmax()] / -half
+    if scale == 0:
+        return 0.0, np.full(len(group), half)
+    return scale, np.rint(group / scale) + half
+
+
+# %% tags=["mutant"]
+# levels instead of stored codes
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = group[np.abs(group).argmax()] / -half
+    if scale == 0:
+        return 0.0, np.full(len(group), half)
+    return scale, np.clip(np.rint(group / scale), -half, half - 1)
+
+
+# %% tags=["mutant"]
+# zeros are divided by zero
+def rtn(group, bits):
+    half = 2 ** (bits - 1)
+    scale = group[np.abs(group).argmax()] / -half
+    return scale, np.clip(np.rint(group / scale), -half, half - 1) + half
+
+
+# %% [markdown] tags=["exercise"] exercise="gptq-by-hand" difficulty=3 importance=3 minutes=15
+# A row of two weights, both 0.6; levels are the whole numbers; the inputs have H = [[4, 1], [1, 2]]. GPTQ rounds the first weight to 1:
+# its error is e₀ = 1 − 0.6 = 0.4. To which value does it *update* the second weight before rounding it, and to which level is that
+# rounded?
+
+# %% tags=["stub"]
 updated, level = None, None
-print(lab.check_gptq(updated, level))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# The derivative 2 e₁ + 4 e₂ = 0 gives e₂ = −e₁ / 2 = 0.2, so the target is 0.6 − 0.2 = 0.4, which is rounded to 0. The loss is
-# 4 · 0.16 + 2 · (−0.4) · 0.6 + 2 · 0.36 = 0.88. Rounding both to nearest (1 and 1) makes it 1.28. The second weight alone got
-# worse: 0.6 away from its level instead of 0.4. That is section 1 in one line.
-#
-# </details>
+# %% tags=["check"]
+lab.check_gptq(updated, level)
+
+# %% [markdown] tags=["hint"]
+# With e₀ fixed, which e₁ makes 4 e₀² + 2 e₀ e₁ + 2 e₁² least? The second weight is then rounded as near to 0.6 + e₁ as the levels allow.
+
+# %% [markdown] tags=["expected"]
+# The second weight comes down, and is rounded to another level than it would be alone.
+
+# %% tags=["solution"]
+updated, level = 0.6 - 0.4 / 2, 0
+
+# %% [markdown] tags=["why"]
+# The derivative 2 e₀ + 4 e₁ = 0 gives e₁ = −e₀ / 2 = −0.2, so the target is 0.4, which is rounded to 0. The loss is 4 · 0.16 − 2 · 0.4 ·
+# 0.6 + 2 · 0.36 = 0.88. Rounding both to nearest (1 and 1) makes it 1.28. The second weight alone got worse: 0.6 away from its level
+# instead of 0.4. That is section 1 in one line.
+
+# %% tags=["mutant"]
+# the sign: goes up with the first
+updated, level = 0.8, 1
+
+# %% tags=["mutant"]
+# divides by H of the first weight
+updated, level = 0.5, 0
+
+# %% tags=["mutant"]
+# the whole error
+updated, level = 0.2, 0
+
+# %% tags=["mutant"]
+# no update: rounding to nearest
+updated, level = 0.6, 1
+
+# %% tags=["mutant"]
+# the update is forgotten when it is rounded
+updated, level = 0.4, 1
+
+# %% [markdown] tags=["exercise"] exercise="gptq-one-column" difficulty=3 importance=2 minutes=15
+# Now the step as a function, for any number of weights: the first weight of a row became `rounded`. Return the others, updated so that
+# the error that inputs see, e H eᵀ, is as small as it can be.
+
+
+# %% tags=["stub"]
+def update(row, h, rounded):
+    """The weights row[1:], updated (an array); `row` has n weights, `h` is n x n."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_column(update)
+
+# %% [markdown] tags=["hint"]
+# Set the derivative of e H eᵀ by the other errors to zero: h[1:, 1:] e = −h[1:, 0] e₀, with e₀ = rounded − row[0]. `np.linalg.solve` does
+# the rest.
+
+# %% [markdown] tags=["expected"]
+# For exercise 4's numbers one weight, 0.4.
+
+
+# %% tags=["solution"]
+def update(row, h, rounded):
+    return row[1:] - np.linalg.solve(h[1:, 1:], h[1:, 0]) * (rounded - row[0])
+
+
+# %% [markdown] tags=["why"]
+# The published form takes row 0 of the inverse of h: `row[1:] + (rounded - row[0]) * inverse[0, 1:] / inverse[0, 0]` is the same.
+
+
+# %% tags=["mutant"]
+# each answers by itself, as if the others were fixed
+def update(row, h, rounded):
+    return row[1:] - h[1:, 0] / np.diag(h)[1:] * (rounded - row[0])
+
+
+# %% tags=["mutant"]
+# the sign
+def update(row, h, rounded):
+    return row[1:] + np.linalg.solve(h[1:, 1:], h[1:, 0]) * (rounded - row[0])
+
+
+# %% tags=["mutant"]
+# divides by the rounded weight's own h
+def update(row, h, rounded):
+    return row[1:] - h[1:, 0] / h[0, 0] * (rounded - row[0])
+
+
+# %% tags=["mutant"]
+# h itself where its inverse belongs
+def update(row, h, rounded):
+    return row[1:] - (rounded - row[0]) * h[0, 1:] * h[0, 0]
+
+
+# %% tags=["mutant"]
+# no update: rounding to nearest
+def update(row, h, rounded):
+    return row[1:]
+
 
 # %% [markdown]
 # ## What would change on your model

@@ -36,7 +36,7 @@ from edgelab.structure import block_influence, shrink
 # %% tags=["parameters"]
 model_dir = str(data_dir() / "edge-dense")  # any folder with a Hugging Face causal language model
 weight_name = "model.layers.2.mlp.up_proj"  # the matrix of section 1
-calibration_tokens = 8192
+calibration_tokens = 4096
 documents = {"prose": 4, "code": 4, "assistant": 12, "arithmetic": 12}  # of the test split
 rounds = 7  # of each timing
 l1_steps = 40  # of section 6
@@ -126,7 +126,7 @@ assert zeros.ratio("sparsegpt 50%", "magnitude 50%")[0] < 1
 # **Explain.** The first half of the zeros falls on weights that say little; what the last quarter takes are weights that the others can't
 # replace, whichever they are chosen by.
 #
-# Those are few documents, and few calibration tokens. The same with four times as many tokens to calibrate on, on ten times the
+# Those are few documents, and few calibration tokens. The same with eight times as many tokens to calibrate on, on ten times the
 # documents, and for the mixture of experts. Wanda and SparseGPT gain by it, magnitude sees no data: read methods, not digits, across the
 # two tables.
 
@@ -357,59 +357,204 @@ display(Markdown(words.markdown(rows)))
 
 # %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1.** (difficulty 1 of 3, importance 3 of 3, 5 minutes) An output row has four weights, and their inputs have these norms. Which two does
-# Wanda keep (1: stays, 0: goes)? The inputs do not vary together: what squared error does that add to the output?
-#
-# <details><summary>Hint</summary>Score |w| · |x|. Losing a weight adds the square of its score.</details>
 
-# %%
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import prune_lab as lab
+
 print("weights:", lab.EXERCISE_ROW, "norms of the inputs:", lab.EXERCISE_NORMS)
+
+# %% [markdown] tags=["exercise"] exercise="wanda-by-hand" difficulty=1 importance=3 minutes=5
+# An output row has the four weights above, and their inputs have these norms. Which two does Wanda keep (1: stays, 0: goes)? The inputs
+# do not vary together: what squared error does that add to the output?
+
+# %% tags=["stub"]
 mask, loss = None, None  # a list of four 0s and 1s; a number
-print(lab.check_wanda(mask, loss))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# Scores 0.4, 1, 0.9, 0.3: the mask is [0, 1, 1, 0], the loss 0.4² + 0.3² = 0.25. Magnitude keeps the first and the last and
-# loses 1² + 0.9² = 1.81.
-#
-# </details>
-#
-# **2.** (difficulty 2 of 3, importance 3 of 3, 5 minutes) From which share of zeros is a bitmap of float16 values smaller than dense
-# *int4-g64*?
-#
-# <details><summary>Hint</summary>int4-g64 has a float16 scale for 64 weights. A bitmap has one bit for each place.</details>
+# %% tags=["check"]
+lab.check_wanda(mask, loss)
 
-# %%
+# %% [markdown] tags=["hint"]
+# Score |w| · |x|. Losing a weight adds the square of its score.
+
+# %% [markdown] tags=["expected"]
+# Not the two largest weights. A loss below one.
+
+# %% tags=["solution"]
+mask, loss = [0, 1, 1, 0], 0.4**2 + 0.3**2
+
+# %% [markdown] tags=["why"]
+# Scores 0.4, 1, 0.9, 0.3. Magnitude keeps the first and the last and loses 1² + 0.9² = 1.81.
+
+# %% tags=["mutant"]
+# magnitude
+mask, loss = [1, 0, 0, 1], 1**2 + 0.9**2
+
+# %% tags=["mutant"]
+# those that go are marked
+mask, loss = [1, 0, 0, 1], 0.25
+
+# %% tags=["mutant"]
+# scores are added, not their squares
+mask, loss = [0, 1, 1, 0], 0.4 + 0.3
+
+# %% tags=["mutant"]
+# the root of the squared error
+mask, loss = [0, 1, 1, 0], 0.5
+
+# %% tags=["mutant"]
+# the weights alone, without their inputs
+mask, loss = [0, 1, 1, 0], 0.8**2 + 0.6**2
+
+# %% [markdown] tags=["exercise"] exercise="break-even" difficulty=2 importance=3 minutes=5
+# From which share of zeros is a bitmap of float16 values smaller than dense *int4-g64*?
+
+# %% tags=["stub"]
 share_of_zeros = None  # between 0 and 1
-print(lab.check_break_even(share_of_zeros))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
+# %% tags=["check"]
+lab.check_break_even(share_of_zeros)
+
+# %% [markdown] tags=["hint"]
+# int4-g64 has a float16 scale for 64 weights. A bitmap has one bit for each place.
+
+# %% [markdown] tags=["expected"]
+# Between 0.75 and 0.85.
+
+# %% tags=["solution"]
+share_of_zeros = 1 - (4 + 16 / 64 - 1) / 16
+
+# %% [markdown] tags=["why"]
 # 1 + 16 (1 − s) = 4 + 16 / 64 = 4.25 gives s = 1 − 3.25 / 16 = 0.797.
-#
-# </details>
-#
-# **3.** (difficulty 2 of 3, importance 3 of 3, 5 minutes) In a large model the gated feed-forward layers take 60 % of the time. 75 % of
-# their channels are skipped, token by token, with a perfect kernel. How many times faster does the model become?
-#
-# <details><summary>Hint</summary>Which of the three products of a gated layer gets smaller?</details>
 
-# %%
+# %% tags=["mutant"]
+# the share that stays
+share_of_zeros = (4 + 16 / 64 - 1) / 16
+
+# %% tags=["mutant"]
+# the bitmap itself is free
+share_of_zeros = 1 - 4.25 / 16
+
+# %% tags=["mutant"]
+# no scales
+share_of_zeros = 1 - 3 / 16
+
+# %% tags=["mutant"]
+# groups of 32
+share_of_zeros = 1 - 3.5 / 16
+
+# %% tags=["mutant"]
+# 4 bits against 16
+share_of_zeros = 0.75
+
+# %% [markdown] tags=["exercise"] exercise="skipped-channels" difficulty=2 importance=3 minutes=5
+# In a large model the gated feed-forward layers take 60 % of the time. 75 % of their channels are skipped, token by token, with a perfect
+# kernel. How many times faster does the model become?
+
+# %% tags=["stub"]
 times_faster = None
-print(lab.check_skip(times_faster))
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
+# %% tags=["check"]
+lab.check_skip(times_faster)
+
+# %% [markdown] tags=["hint"]
+# Which of the three products of a gated layer gets smaller?
+
+# %% [markdown] tags=["expected"]
+# Less than 1.5 times.
+
+# %% tags=["solution"]
+times_faster = 1 / (1 - 0.6 * 0.75 / 3)
+
+# %% [markdown] tags=["why"]
 # Of gate, up and down only down shrinks: 0.6 · 0.75 / 3 = 0.15 of the time goes, and 1 / 0.85 = 1.18. A claim of 3.2 times needs
 # something else.
-#
-# </details>
+
+# %% tags=["mutant"]
+# all three products shrink
+times_faster = 1 / (1 - 0.6 * 0.75)
+
+# %% tags=["mutant"]
+# the whole model is feed-forward
+times_faster = 1 / (1 - 0.75 / 3)
+
+# %% tags=["mutant"]
+# as if time went with the channels
+times_faster = 4
+
+# %% tags=["mutant"]
+# what is saved
+times_faster = 0.6 * 0.75 / 3
+
+# %% tags=["mutant"]
+# adds what is saved
+times_faster = 1.15
+
+# %% [markdown] tags=["exercise"] exercise="two-of-four" difficulty=2 importance=3 minutes=10
+# Write the 2:4 mask: of every four neighbours along a row the two with the highest scores stay (of equal ones the later).
+
+
+# %% tags=["stub"]
+def two_of_four(scores):
+    """The mask, 1 where a weight stays and 0 where it goes; `scores` is an array [out, in], in divisible by 4."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_two_of_four(two_of_four)
+
+# %% [markdown] tags=["hint"]
+# `scores.reshape(len(scores), -1, 4)` has the fours in its last axis; `argsort` twice gives ranks 0 .. 3, with `kind="stable"` also of
+# equal ones.
+
+# %% [markdown] tags=["expected"]
+# 4 3 2 1 becomes 1 1 0 0, and 5 5 5 5 becomes 0 0 1 1.
+
+
+# %% tags=["solution"]
+def two_of_four(scores):
+    fours = scores.reshape(len(scores), -1, 4)
+    rank = fours.argsort(axis=-1, kind="stable").argsort(axis=-1, kind="stable")
+    return (rank >= 2).reshape(scores.shape)
+
+
+# %% tags=["mutant"]
+# the upper half of each row, wherever it lies
+def two_of_four(scores):
+    rank = scores.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return rank >= scores.shape[1] // 2
+
+
+# %% tags=["mutant"]
+# neighbours across rows
+def two_of_four(scores):
+    fours = scores.T.reshape(-1, 4)
+    rank = fours.argsort(axis=-1, kind="stable").argsort(axis=-1, kind="stable")
+    return (rank >= 2).reshape(scores.T.shape).T
+
+
+# %% tags=["mutant"]
+# above the median of the four: of equal ones too few stay
+def two_of_four(scores):
+    fours = scores.reshape(len(scores), -1, 4)
+    return (fours > np.median(fours, axis=-1, keepdims=True)).reshape(scores.shape)
+
+
+# %% tags=["mutant"]
+# the two lowest stay
+def two_of_four(scores):
+    fours = scores.reshape(len(scores), -1, 4)
+    rank = fours.argsort(axis=-1, kind="stable").argsort(axis=-1, kind="stable")
+    return (rank < 2).reshape(scores.shape)
+
+
+# %% tags=["mutant"]
+# takes the order for the ranks
+def two_of_four(scores):
+    fours = scores.reshape(len(scores), -1, 4)
+    return (fours.argsort(axis=-1, kind="stable") >= 2).reshape(scores.shape)
+
 
 # %% [markdown]
 # ## What would change on your model

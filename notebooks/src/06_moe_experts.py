@@ -27,12 +27,12 @@ from IPython.display import HTML, Markdown, display
 from edgelab import Recipe, Rtn, compress, corpus, data, expert_cache, plots, words
 from edgelab import experts_lab as lab
 from edgelab.atlas import Atlas, AtlasControl
-from edgelab.expert_stats import by_domain
+from edgelab.expert_stats import by_domain, expert_stats
 from edgelab.expert_steps import split_experts
 from edgelab.model import load, load_tokenizer
 from edgelab.offload import mapped, offload
 from edgelab.paths import data_dir
-from edgelab.recipe import DropExperts, MergeExperts, Quantize, Route
+from edgelab.recipe import Quantize, Route
 from edgelab.scheme import QuantScheme
 from edgelab.surgery import keep_experts
 
@@ -103,17 +103,17 @@ plots.show_rows(lab.pair_rows(lab.merged(stats)))
 # of each mixture goes.
 #
 # **Predict.** Calibration text has as many tokens of each domain. Look at the last two columns: on which domain are experts
-# missed that frequency drops, and whose *answers* will suffer?
+# missed that frequency drops, and whose *answers* will suffer? (The statistics of section 1 serve every choice below; in a recipe
+# it is `DropExperts(0.25, method="reap")`, which reads them by itself.)
 
 # %%
 plots.show_rows(lab.rank_rows(stats, share=0.25))
 
 # %%
-fewer = {}
+fewer, every = {}, lab.merged(stats)
 for share in (0.25, 0.5):
     for method in ("reap", "frequency", "random"):
-        recipe = Recipe((DropExperts(share, method=method, seed=seed),))
-        fewer[f"{method} {share:.0%}"] = compress(model, recipe, calibration=calibration, progress=False).model
+        fewer[f"{method} {share:.0%}"] = lab.dropped(model, every, share, method, seed)
 dropped = measure(fewer)
 sentence = words.say_by_domain(dropped, "kld")
 plots.show(plots.by_domain(dropped, "kld"), sentence)
@@ -190,11 +190,11 @@ if rows:
 
 # %%
 together = {"REAP 50%": fewer["reap 50%"]}
+outputs = expert_stats(model, calibration, progress=False)  # of every expert on every token; MergeExperts reads them by itself
 for method in ("outputs", "router"):
-    made = compress(model, Recipe((MergeExperts(0.5, method=method),)), calibration=calibration, progress=False)
-    together[f"merged by {method} 50%"] = made.model
-    together[f"{method} 50%, all rows kept"] = lab.merged_all_rows(model, method, calibration)
-    print(made.remarks[0][:140], "...")
+    together[f"merged by {method} 50%"], told = lab.merged_experts(model, outputs, method)
+    together[f"{method} 50%, all rows kept"], _ = lab.merged_experts(model, outputs, method, all_rows=True)
+    print(told[:140], "...")
 merging = measure(together)
 plots.show_rows(lab.outcome_rows(merging))
 
@@ -227,7 +227,7 @@ plans = {
     "per stack": Quantize(rules, **under),
     "per expert": Quantize(rules, per_expert=True, **under),
 }
-bits = {name: compress(model, Recipe((step,)), calibration=calibration, progress=False) for name, step in plans.items()}
+bits = {name: compress(model, Recipe((step,)), calibration=calibration[:2], progress=False) for name, step in plans.items()}
 spent = {name: lab.expert_bytes(made) for name, made in bits.items()}
 print("; ".join(f"{name}: {n:,} bytes of experts" for name, n in spent.items()))
 assert max(spent.values()) == spent["uniform"]
@@ -402,60 +402,211 @@ if rows:
 # **Explain.** The original's distribution says more per token than the one word that followed. In one recipe:
 # `Recipe((DropExperts(0.5), Distill(steps=800)))`; on a command line `edgelab compress MODEL --recipe phone --out OUT` does that and
 # quantizes.
-#
+
+# %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1.** (difficulty 1 of 3, importance 3 of 3, 5 minutes) The REAP scores of three experts, by hand. Which goes first?
-#
-# <details><summary>Hint</summary>A product for each token, then the mean over the tokens *of this expert*.</details>
 
-# %%
-plots.show_rows(lab.toy_rows())
-scores, goes = None, None  # a list of three numbers for A, B, C; the name of the one that goes
-print(lab.check_reap(scores, goes))
+# %% tags=["exercise-setup"]
+import torch
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# A: (1.2 + 1.0 + 0.4 + 0.6) / 4 = 0.8. B: 3.6. C: (0.5 + 0.6 + 0.4) / 3 = 0.5. C goes; by frequency it would have been B.
-#
-# </details>
-#
-# **2.** (difficulty 1 of 3, importance 2 of 3, 5 minutes) A mixture has 16 experts of 98,304 weights. Four get `int4-g32`, the others
-# `int2-g32`. How many bytes do they take together?
-#
-# <details><summary>Hint</summary>A float16 scale for each 32 weights.</details>
+from edgelab import experts_lab as lab
+from edgelab import plots
 
-# %%
-number_of_bytes = None
-print(lab.check_bytes(number_of_bytes))
+plots.show_rows(lab.toy_rows())  # of the first exercise
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# 98,304 · (4 · 4.5 + 12 · 2.5) / 8 = 589,824: 3 bits per weight.
-#
-# </details>
-#
-# **3.** (difficulty 2 of 3, importance 2 of 3, 5 minutes) RAM for three experts, empty at first; one expert per token, in this order.
-# How many *hits* has lru?
-#
-# <details><summary>Hint</summary>Write the three down after each token, the oldest use first. A hit counts as a use.</details>
+# %% [markdown] tags=["exercise"] exercise="reap-by-hand" difficulty=1 importance=3 minutes=5
+# Three experts with the tokens of the table above. The REAP scores of A, B and C, by hand, and the name of the one that goes first:
+# a pair such as `([1, 2, 3], "A")`.
 
-# %%
-print("wanted:", *lab.EXERCISE_TRACE)
-hits_of_lru = None
-print(lab.check_lru(hits_of_lru))
+# %% tags=["stub"]
+answer = None  # ([score of A, of B, of C], name)
 
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
+# %% tags=["check"]
+lab.check_reap(answer)
+
+# %% [markdown] tags=["hint"]
+# A product for each token, then the mean over the tokens *of this expert*.
+
+# %% [markdown] tags=["expected"]
+# Three scores between 0.4 and 4, and a letter. By frequency another expert would go.
+
+# %% tags=["solution"]
+answer = ([(0.6 * 2.0 + 0.5 * 2.0 + 0.4 * 1.0 + 0.5 * 1.2) / 4, 0.9 * 4.0, (0.5 * 1.0 + 0.3 * 2.0 + 0.4 * 1.0) / 3], "C")
+
+# %% [markdown] tags=["why"]
+# 0.8, 3.6 and 0.5: C goes. B has a single token and does most with it; by frequency it would have gone.
+
+# %% tags=["mutant"]
+# a sum over tokens instead of their mean: the frequency comes back in by the window
+answer = ([3.2, 3.6, 1.5], "C")
+
+# %% tags=["mutant"]
+# the mean over all tokens, not over the expert's own
+answer = ([0.4, 0.45, 0.1875], "C")
+
+# %% tags=["mutant"]
+# right scores, but the rarest is dropped
+answer = ([0.8, 3.6, 0.5], "B")
+
+# %% tags=["mutant"]
+# the gates are left out
+answer = ([1.55, 4.0, 4 / 3], "C")
+
+# %% [markdown] tags=["exercise"] exercise="reap" difficulty=2 importance=3 minutes=10
+# The same as a function: `reap(gates, norms, chosen, experts)`. All three are tensors [tokens, k]: the gate of each choice, the norm of
+# the output of the chosen expert, and its number. Returned are the scores of all `experts`; one that nobody chose has 0.
+
+# %% tags=["stub"]
+def reap(gates, norms, chosen, experts):
+    """REAP scores [experts]: for each expert the mean, over the tokens that chose it, of gate times norm."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_reap_function(reap)
+
+# %% [markdown] tags=["hint"]
+# For each expert: `mine = chosen == e` is a mask of the choices that went to it. The mean of nothing is NaN: take care of that.
+
+# %% [markdown] tags=["expected"]
+# `reap(torch.tensor([[0.5], [0.25], [1.0]]), torch.tensor([[2.0], [4.0], [3.0]]), torch.tensor([[0], [0], [1]]), 2)` is `[1, 3]`.
+
+# %% tags=["solution"]
+def reap(gates, norms, chosen, experts):
+    """REAP scores [experts]: for each expert the mean, over the tokens that chose it, of gate times norm."""
+    done = gates * norms
+    masks = [chosen == e for e in range(experts)]
+    return torch.stack([done[mine].mean() if mine.any() else torch.tensor(0.0) for mine in masks])
+
+
+# %% tags=["mutant"]
+# divides by all tokens: a score that is small for whoever is rare
+def reap(gates, norms, chosen, experts):
+    return torch.stack([(gates * norms * (chosen == e)).sum() / len(chosen) for e in range(experts)])
+
+
+# %% tags=["mutant"]
+# the product of the means instead of the mean of the products
+def reap(gates, norms, chosen, experts):
+    masks = [chosen == e for e in range(experts)]
+    return torch.stack([gates[m].mean() * norms[m].mean() if m.any() else torch.tensor(0.0) for m in masks])
+
+
+# %% tags=["mutant"]
+# forgets experts that nobody chose: the mean of nothing is NaN
+def reap(gates, norms, chosen, experts):
+    return torch.stack([(gates * norms)[chosen == e].mean() for e in range(experts)])
+
+
+# %% tags=["mutant"]
+# looks at each token's first choice only
+def reap(gates, norms, chosen, experts):
+    masks = [chosen[:, 0] == e for e in range(experts)]
+    return torch.stack([(gates * norms)[:, 0][m].mean() if m.any() else torch.tensor(0.0) for m in masks])
+
+
+# %% [markdown] tags=["exercise"] exercise="bytes-of-experts" difficulty=1 importance=2 minutes=5
+# A mixture has 16 experts of 98,304 weights. Four get `int4-g32`, the others `int2-g32`. How many bytes do they take together?
+
+# %% tags=["stub"]
+answer = None
+
+# %% tags=["check"]
+lab.check_bytes(answer)
+
+# %% [markdown] tags=["hint"]
+# A float16 scale for each 32 weights.
+
+# %% [markdown] tags=["expected"]
+# Something above half a million bytes: 3 bits per weight on average.
+
+# %% tags=["solution"]
+answer = 98_304 * (4 * 4.5 + 12 * 2.5) / 8
+
+# %% tags=["mutant"]
+# the scales are forgotten
+answer = 98_304 * (4 * 4 + 12 * 2) / 8
+
+# %% tags=["mutant"]
+# bits, not bytes
+answer = 98_304 * (4 * 4.5 + 12 * 2.5)
+
+# %% tags=["mutant"]
+# the mean of the two schemes, as if half of the experts had each
+answer = 98_304 * 16 * (4.5 + 2.5) / 2 / 8
+
+# %% [markdown] tags=["exercise"] exercise="lru-hits" difficulty=2 importance=2 minutes=10
+# RAM has room for `capacity` experts of a mixture and is empty at first. Token after token wants one expert; what is not there is
+# read, and takes the place of the one whose last use is longest ago. Write `lru_hits(wanted, capacity)`: the number of hits.
+
+# %% tags=["stub"]
+def lru_hits(wanted, capacity):
+    """How many of the `wanted` experts (a list of numbers, in order) were in RAM when they were wanted."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_lru(lru_hits)
+
+# %% [markdown] tags=["hint"]
+# Keep a list of what is in RAM, the oldest use first. A hit is a use, too: the expert moves to the end.
+
+# %% [markdown] tags=["expected"]
+# `lru_hits([1, 2, 3, 1, 4, 2, 1, 2], 3)` is 3. First in, first out would hit twice, and who knew the future 4 times.
+
+# %% tags=["solution"]
+def lru_hits(wanted, capacity):
+    """How many of the `wanted` experts (a list of numbers, in order) were in RAM when they were wanted."""
+    ram, hits = [], 0
+    for expert in wanted:
+        hits += expert in ram
+        ram = ([e for e in ram if e != expert] + [expert])[-capacity:]
+    return hits
+
+
+# %% [markdown] tags=["why"]
 # 1, 2, 3 miss. 1 hits: 2 3 1. 4 misses and takes the place of 2: 3 1 4. 2 misses and takes that of 3: 1 4 2. 1 and 2 hit: 3 of 8.
-# Belady would have dropped 3 when 4 came, and hit 4 times. First in, first out would have dropped 1, and hit twice.
-#
-# </details>
+
+# %% tags=["mutant"]
+# first in, first out: a hit does not make an expert the newest
+def lru_hits(wanted, capacity):
+    ram, hits = [], 0
+    for expert in wanted:
+        hits += expert in ram
+        ram = ram if expert in ram else [*ram, expert][-capacity:]
+    return hits
+
+
+# %% tags=["mutant"]
+# counts misses
+def lru_hits(wanted, capacity):
+    ram, misses = [], 0
+    for expert in wanted:
+        misses += expert not in ram
+        ram = ([e for e in ram if e != expert] + [expert])[-capacity:]
+    return misses
+
+
+# %% tags=["mutant"]
+# an expert is found as long as it was wanted at any time before: RAM without an end
+def lru_hits(wanted, capacity):
+    return sum(expert in wanted[:t] for t, expert in enumerate(wanted))
+
+
+# %% tags=["mutant"]
+# looks at the last `capacity` tokens instead of the last `capacity` different experts
+def lru_hits(wanted, capacity):
+    return sum(expert in wanted[max(0, t - capacity) : t] for t, expert in enumerate(wanted))
+
+
+# %% tags=["mutant"]
+# the hit rate instead of the hits
+def lru_hits(wanted, capacity):
+    ram, hits = [], 0
+    for expert in wanted:
+        hits += expert in ram
+        ram = ([e for e in ram if e != expert] + [expert])[-capacity:]
+    return hits / max(1, len(wanted))
 
 # %% [markdown]
 # ## What would change on your model

@@ -31,15 +31,15 @@ from edgelab.paths import data_dir
 
 # %% tags=["parameters"]
 model_dir = str(data_dir() / "edge-moe")
-steps = 30  # of the runs in this notebook
-documents = {"prose": 3, "code": 3, "assistant": 30, "arithmetic": 30}
+steps = 20  # of the runs in this notebook
+documents = {"prose": 2, "code": 2, "assistant": 24, "arithmetic": 0}
 sentence = "<|user|>set a timer for five"
 
 # %%
 teacher, tokenizer = load(model_dir), load_tokenizer(model_dir)
 text = corpus()
 calibration = data.calibration_batches(tokenizer, text["calibration"], tokens=4096, context=256)
-training = data.calibration_batches(tokenizer, text["train"], tokens=100_000, context=256)
+training = data.calibration_batches(tokenizer, text["train"], tokens=50_000, context=256)
 print(f"{sum(p.numel() for p in teacher.parameters()):,} parameters; {sum(b.numel() for b in training):,} tokens to learn from")
 
 
@@ -92,13 +92,13 @@ assert students["forward"][valley].sum() > students["reverse"][valley].sum()
 #
 # ## 3. Half of the experts, then learning
 #
-# REAP takes 8 of 16 experts out of every layer. Then a short run learns from the original.
+# REAP takes 8 of 16 experts out of every layer. Then a short run learns from the original. (In one recipe: `Recipe((DropExperts(0.5),
+# Distill(steps=500)))`, whose teacher is the model that it was given.)
 
 # %%
 cut = compress(teacher, Recipe((DropExperts(0.5),)), calibration=calibration, progress=False)
-learnt = compress(
-    teacher, Recipe((DropExperts(0.5), Distill(steps=steps, lr=1e-3, batch=4))), calibration=calibration, training=training, progress=False
-)
+lesson = Recipe((Distill(steps=steps, lr=1e-3, batch=4),))
+learnt = compress(cut.model, lesson, training=training, teacher=teacher, progress=False)
 print(learnt.remarks[-1])
 report = evaluate(
     {"original": teacher, "8 of 16 experts": cut.model, f"and {steps} steps": learnt.model},
@@ -121,15 +121,9 @@ assert after < before
 # %%
 torch.manual_seed(0)
 stranger = AutoModelForCausalLM.from_config(teacher.config).eval()
-misled = compress(
-    teacher,
-    Recipe((DropExperts(0.5), Distill(steps=steps, lr=1e-3, batch=4))),
-    calibration=calibration,
-    training=training,
-    teacher=stranger,
-    progress=False,
-)
-control = evaluate({"original": teacher, "misled": misled.model}, tokenizer, text["test"], max_docs=documents, speed=False, progress=False)
+misled = compress(cut.model, lesson, training=training, teacher=stranger, progress=False)
+code_only = dict.fromkeys(documents, 0) | {"code": documents["code"]}
+control = evaluate({"original": teacher, "misled": misled.model}, tokenizer, text["test"], max_docs=code_only, speed=False, progress=False)
 print(f"KLD on code: {control.get(model='misled', metric='kld', slice='code').value:.3f}; from the original as teacher {after:.3f}")
 assert control.get(model="misled", metric="kld", slice="code").value > before
 
@@ -298,42 +292,175 @@ print(f"{sizes[0] / sizes[1]:.2f} times smaller than 16 bits (measured at build)
 
 # %% [markdown]
 # ## Exercises
-#
-# **1** (easy, 3 minutes). Teacher (0.8, 0.2), student (0.5, 0.5), label 0, T = 1, α = 0.7: Hinton's loss in nats.
 
-# %%
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import train_lab as lab
+
+# %% [markdown] tags=["exercise"] exercise="hinton" difficulty=2 importance=3 minutes=10
+# Hinton's loss of one position as a function of two lists of logits, the label, T and α: α T² KL(p_T ‖ q_T) + (1 − α) CE, in nats.
+# p is the teacher's distribution, q the student's; CE is minus the logarithm of what the student at T = 1 gives the label.
+
+# %% tags=["stub"]
+def loss(student, teacher, label, temperature, alpha):
+    """Hinton's loss in nats; `student` and `teacher` are lists of logits, `label` the number of the token that came."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_hinton(loss)
+
+# %% [markdown] tags=["hint"]
+# A function inside yours for the logarithm of the softmax pays: x - max(x) - log(sum(exp(x - max(x)))). Logits may be 800.
+
+# %% [markdown] tags=["expected"]
+# Teacher (0.8, 0.2), student (0.5, 0.5), label 0, T = 1, α = 0.7: 0.7 · 0.1927 + 0.3 · 0.6931 = 0.3429.
+
+# %% tags=["solution"]
+def loss(student, teacher, label, temperature, alpha):
+    """Hinton's loss in nats; `student` and `teacher` are lists of logits, `label` the number of the token that came."""
+
+    def log_softmax(logits):
+        x = np.asarray(logits, dtype=float) - np.max(logits)
+        return x - np.log(np.exp(x).sum())
+
+    p, q = log_softmax(np.divide(teacher, temperature)), log_softmax(np.divide(student, temperature))
+    kl = (np.exp(p) * (p - q)).sum()
+    return alpha * temperature**2 * kl - (1 - alpha) * log_softmax(student)[label]
+
+
+# %% tags=["mutant"]
+# the reverse divergence, KL(student || teacher)
+def loss(student, teacher, label, temperature, alpha):
+    s, t = np.array(student, float), np.array(teacher, float)
+    q, p = s / temperature - np.log(np.exp(s / temperature).sum()), t / temperature - np.log(np.exp(t / temperature).sum())
+    return alpha * temperature**2 * (np.exp(q) * (q - p)).sum() - (1 - alpha) * (s - np.log(np.exp(s).sum()))[label]
+
+
+# %% tags=["mutant"]
+# without the factor T squared
+def loss(student, teacher, label, temperature, alpha):
+    s, t = np.array(student, float), np.array(teacher, float)
+    q, p = s / temperature - np.log(np.exp(s / temperature).sum()), t / temperature - np.log(np.exp(t / temperature).sum())
+    return alpha * (np.exp(p) * (p - q)).sum() - (1 - alpha) * (s - np.log(np.exp(s).sum()))[label]
+
+
+# %% tags=["mutant"]
+# the cross entropy is softened, too
+def loss(student, teacher, label, temperature, alpha):
+    s, t = np.array(student, float), np.array(teacher, float)
+    q, p = s / temperature - np.log(np.exp(s / temperature).sum()), t / temperature - np.log(np.exp(t / temperature).sum())
+    return alpha * temperature**2 * (np.exp(p) * (p - q)).sum() - (1 - alpha) * q[label]
+
+
+# %% tags=["mutant"]
+# alpha weighs the text and 1 - alpha the teacher
+def loss(student, teacher, label, temperature, alpha):
+    s, t = np.array(student, float), np.array(teacher, float)
+    q, p = s / temperature - np.log(np.exp(s / temperature).sum()), t / temperature - np.log(np.exp(t / temperature).sum())
+    return (1 - alpha) * temperature**2 * (np.exp(p) * (p - q)).sum() - alpha * (s - np.log(np.exp(s).sum()))[label]
+
+
+# %% tags=["mutant"]
+# right, but exp(800) overflows
+def loss(student, teacher, label, temperature, alpha):
+    s, t = np.array(student, float), np.array(teacher, float)
+    with np.errstate(all="ignore"):
+        q, p = s / temperature - np.log(np.exp(s / temperature).sum()), t / temperature - np.log(np.exp(t / temperature).sum())
+        return alpha * temperature**2 * (np.exp(p) * (p - q)).sum() - (1 - alpha) * (s - np.log(np.exp(s).sum()))[label]
+
+
+# %% [markdown] tags=["exercise"] exercise="step-gradient" difficulty=3 importance=2 minutes=10
+# LSQ's derivative of the fake-quantized weights by their common step s, without the factor g (section 6), summed over a list of
+# weights: a function of the weights, s and the number of bits.
+
+# %% tags=["stub"]
+def step_gradient(weights, step, bits):
+    """The sum over `weights` of the derivative of step * round(clip(w / step, -Qn, Qp)) by `step`, straight through the rounding."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_step_gradient(step_gradient)
+
+# %% [markdown] tags=["hint"]
+# Three cases: w / s below -Qn, above Qp, or between. With b bits Qn = 2^(b-1) and Qp = 2^(b-1) - 1.
+
+# %% [markdown] tags=["expected"]
+# `step_gradient([1.7], 0.5, 3)` is 3, for 1.7 / 0.5 = 3.4 lies above Qp; `step_gradient([0.9], 0.5, 3)` is 2 - 1.8 = 0.2.
+
+# %% tags=["solution"]
+def step_gradient(weights, step, bits):
+    """The sum over `weights` of the derivative of step * round(clip(w / step, -Qn, Qp)) by `step`, straight through the rounding."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    v = np.array(weights, float) / step
+    return np.where(v < low, low, np.where(v > high, high, np.round(v) - v)).sum()
+
+
+# %% tags=["mutant"]
+# clipped weights are taken to have no gradient, as that of the weight is 0 there
+def step_gradient(weights, step, bits):
+    v = np.array(weights, float) / step
+    inside = (v >= -(2 ** (bits - 1))) & (v <= 2 ** (bits - 1) - 1)
+    return np.where(inside, np.round(v) - v, 0.0).sum()
+
+
+# %% tags=["mutant"]
+# a symmetric range: both ends at 2^(b-1) - 1
+def step_gradient(weights, step, bits):
+    top = 2 ** (bits - 1) - 1
+    v = np.array(weights, float) / step
+    return np.where(abs(v) > top, np.sign(v) * top, np.round(v) - v).sum()
+
+
+# %% tags=["mutant"]
+# the code itself: as if w / s did not depend on s
+def step_gradient(weights, step, bits):
+    return np.clip(np.round(np.array(weights, float) / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).sum()
+
+
+# %% tags=["mutant"]
+# the mean over the weights, though the step is common to all of them
+def step_gradient(weights, step, bits):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    v = np.array(weights, float) / step
+    return np.where(v < low, low, np.where(v > high, high, np.round(v) - v)).mean()
+
+
+# %% [markdown] tags=["exercise"] exercise="lora-bytes" difficulty=1 importance=2 minutes=3
+# LoRA of rank 8 in bfloat16 beside a 256 × 640 weight in int4-g32: how many percent of the weight's bytes?
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_hinton(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>Natural logarithms; the divergence first: 0.8 ln(0.8/0.5) + 0.2 ln(0.2/0.5).</details>
+# %% tags=["check"]
+lab.check_bytes(answer)
 
-# %% [markdown]
-# **2** (medium, 5 minutes). A weight of 1.7, 3 bits, step 0.5: LSQ's derivative of the rounded value by the step (without g).
+# %% [markdown] tags=["hint"]
+# A has 8 rows and B 8 columns; int4-g32 takes 4.5 bits a weight.
 
-# %%
-answer = None
-print(lab.check_step_gradient(answer))
+# %% [markdown] tags=["expected"]
+# About a sixth of the weight: `train="scales"` adds nothing.
 
-# %% [markdown]
-# <details><summary>Hint</summary>Is 1.7 / 0.5 inside of −4 .. 3?</details>
+# %% tags=["solution"]
+answer = 100 * 8 * (256 + 640) * 2 / (256 * 640 * 4.5 / 8)
 
-# %% [markdown]
-# **3** (easy, 3 minutes). LoRA of rank 8 in bfloat16 beside a 256 × 640 weight in int4-g32: how many percent of the weight's bytes?
+# %% tags=["mutant"]
+# a byte per number
+answer = 100 * 8 * (256 + 640) / (256 * 640 * 4.5 / 8)
 
-# %%
-answer = None
-print(lab.check_bytes(answer))
+# %% tags=["mutant"]
+# beside the weight in 16 bits
+answer = 100 * 8 * (256 + 640) * 2 / (256 * 640 * 2)
 
-# %% [markdown]
-# <details><summary>Hint</summary>A has 8 rows and B 8 columns; int4-g32 takes 4.5 bits a weight.</details>
+# %% tags=["mutant"]
+# the scales of int4-g32 are forgotten
+answer = 100 * 8 * (256 + 640) * 2 / (256 * 640 * 4 / 8)
 
-# %% [markdown]
-# <details><summary>Solutions</summary>
-#
-# 1: 0.7 · 0.1927 + 0.3 · 0.6931 = 0.3429. 2: 1.7 / 0.5 = 3.4 lies above Qp = 3, so the value is 3 s and its derivative 3. 3: 15.6 %.
-#
-# </details>
+# %% tags=["mutant"]
+# a share, not percent
+answer = 8 * (256 + 640) * 2 / (256 * 640 * 4.5 / 8)
 
 # %% [markdown]
 # ## What would change on your model

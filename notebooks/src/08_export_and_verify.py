@@ -300,45 +300,186 @@ shown
 # 127.0.0.1 is then the *other* machine, and the page tells nothing to strangers. Copy the folder `runs/08/web` to where your browser is
 # and run `edgelab serve web` there; or put it on any static host, over https. A hub's proxy is refused: the server answers only to its
 # own name. And where frames are forbidden altogether, the link below the frame opens a tab.
-#
+
+# %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1** (easy, 3 minutes). A weight of 512 × 256 goes out as Q4_0: blocks of 32 weights, a float16 and sixteen bytes each. How many bytes?
 
-# %%
+# %% tags=["exercise-setup"]
+import numpy as np
+
+from edgelab import export_lab as lab
+
+# %% [markdown] tags=["exercise"] exercise="q4-block" difficulty=2 importance=3 minutes=10
+# One block of GGUF's Q4_0: 32 weights in 18 bytes. First the scale as float16 (two bytes, the low one first), then sixteen bytes:
+# byte j holds code j in its low half and code 16 + j in its high half. Write the function.
+
+# %% tags=["stub"]
+def q4_block(scale, codes):
+    """The 18 bytes (a list of numbers 0 .. 255) of a block of Q4_0; `codes` are 32 numbers 0 .. 15."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_block(q4_block)
+
+# %% [markdown] tags=["hint"]
+# `list(np.float16(scale).tobytes())` has the two bytes of the scale. A high half is sixteen times as much as a low one.
+
+# %% [markdown] tags=["expected"]
+# For scale 1 and codes 0 .. 15 followed by zeros: 0, 60, then 0, 1, 2 .. 15.
+
+# %% tags=["solution"]
+def q4_block(scale, codes):
+    """The 18 bytes (a list of numbers 0 .. 255) of a block of Q4_0; `codes` are 32 numbers 0 .. 15."""
+    return [*np.float16(scale).tobytes(), *(codes[j] + 16 * codes[16 + j] for j in range(16))]
+
+
+# %% tags=["mutant"]
+# neighbours share a byte: code 2 j and 2 j + 1, as other formats have it
+def q4_block(scale, codes):
+    return [*np.float16(scale).tobytes(), *(codes[2 * j] + 16 * codes[2 * j + 1] for j in range(16))]
+
+
+# %% tags=["mutant"]
+# low and high half exchanged
+def q4_block(scale, codes):
+    return [*np.float16(scale).tobytes(), *(codes[16 + j] + 16 * codes[j] for j in range(16))]
+
+
+# %% tags=["mutant"]
+# the scale behind the codes
+def q4_block(scale, codes):
+    return [*(codes[j] + 16 * codes[16 + j] for j in range(16)), *np.float16(scale).tobytes()]
+
+
+# %% tags=["mutant"]
+# a scale of four bytes
+def q4_block(scale, codes):
+    return [*np.float32(scale).tobytes(), *(codes[j] + 16 * codes[16 + j] for j in range(16))]
+
+
+# %% tags=["mutant"]
+# codes with the 8 taken off: signed halves, which the reader takes off once more
+def q4_block(scale, codes):
+    return [*np.float16(scale).tobytes(), *((codes[j] - 8) % 16 + 16 * ((codes[16 + j] - 8) % 16) for j in range(16))]
+
+
+# %% [markdown] tags=["exercise"] exercise="varint" difficulty=2 importance=2 minutes=10
+# Before the codes of each weight an ONNX file says how many bytes follow, as a *varint*: seven bits to a byte, the lowest first; the
+# highest bit of a byte says whether another follows. Write the function.
+
+# %% tags=["stub"]
+def varint(value):
+    """The bytes (a list of numbers 0 .. 255) of a whole number >= 0."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_varint(varint)
+
+# %% [markdown] tags=["hint"]
+# `value % 128` is a byte's seven bits, `value // 128` what remains. Zero takes a byte, too.
+
+# %% [markdown] tags=["expected"]
+# `varint(32_768)` is `[128, 128, 2]`, for 32,768 is 2 · 128 · 128.
+
+# %% tags=["solution"]
+def varint(value):
+    """The bytes (a list of numbers 0 .. 255) of a whole number >= 0."""
+    if value < 128:
+        return [value]
+    return [128 + value % 128, *varint(value // 128)]
+
+
+# %% tags=["mutant"]
+# the highest seven bits first
+def varint(value):
+    return [value] if value < 128 else [*varint(value // 128), 128 + value % 128]
+
+
+# %% tags=["mutant"]
+# eight bits to a byte, no mark that more follow
+def varint(value):
+    return [value] if value < 256 else [value % 256, *varint(value // 256)]
+
+
+# %% tags=["mutant"]
+# every byte marked, the last one, too
+def varint(value):
+    return [128 + value] if value < 128 else [128 + value % 128, *varint(value // 128)]
+
+
+# %% tags=["mutant"]
+# 128 taken to fit into one byte
+def varint(value):
+    return [value] if value <= 128 else [128 + value % 128, *varint(value // 128)]
+
+
+# %% tags=["mutant"]
+# zero has no bytes
+def varint(value):
+    return [] if value == 0 else [value] if value < 128 else [128 + value % 128, *varint(value // 128)]
+
+
+# %% [markdown] tags=["exercise"] exercise="who-refuses" difficulty=1 importance=3 minutes=3
+# One bit of a scale is turned in a bundle. Of `load_bundle`, `verify_bundle` and a slot's `update`, which refuse it? A set of names.
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_blocks(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>How many blocks, and how many bytes has one?</details>
-#
-# **2** (medium, 5 minutes). Before the codes of a 256 × 256 weight an ONNX file says how many bytes follow: 32,768, as a *varint*. Seven
-# bits to a byte, the lowest first; the highest bit of a byte says whether another follows. Which bytes are it?
+# %% tags=["check"]
+lab.check_refusals(answer)
 
-# %%
+# %% [markdown] tags=["hint"]
+# Section 4 shows two of them, section 6 the third.
+
+# %% [markdown] tags=["expected"]
+# Those that read every byte.
+
+# %% tags=["solution"]
+answer = {"verify_bundle", "update"}
+
+# %% tags=["mutant"]
+# whatever opens a file checks it
+answer = {"load_bundle", "verify_bundle", "update"}
+
+# %% tags=["mutant"]
+# only the function with "verify" in its name verifies
+answer = {"verify_bundle"}
+
+# %% tags=["mutant"]
+# loading would have to notice a broken scale
+answer = {"load_bundle"}
+
+# %% [markdown] tags=["exercise"] exercise="bytes-of-blocks" difficulty=1 importance=2 minutes=3
+# A weight of 512 × 256 goes out as Q4_0. How many bytes?
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_varint(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>32,768 is 2 · 128 · 128.</details>
-#
-# **3** (easy, 3 minutes). One bit of a scale is turned in a bundle. Of `load_bundle`, `verify_bundle` and a slot's `update`, which refuse
-# it? A set of names.
+# %% tags=["check"]
+lab.check_blocks(answer)
 
-# %%
-answer = None
-print(lab.check_refusals(answer))
+# %% [markdown] tags=["hint"]
+# How many blocks, and how many bytes has one?
 
-# %% [markdown]
-# <details><summary>Hint</summary>Section 4 shows two of them, section 6 the third.</details>
-#
-# <details><summary>Solutions</summary>
-#
-# 1: 512 · 256 / 32 · 18 = 73,728. 2: 128, 128, 2. 3: {"verify_bundle", "update"}.
-#
-# </details>
+# %% [markdown] tags=["expected"]
+# 4.5 bits per weight.
+
+# %% tags=["solution"]
+answer = 512 * 256 / 32 * 18
+
+# %% tags=["mutant"]
+# the scales are forgotten
+answer = 512 * 256 / 2
+
+# %% tags=["mutant"]
+# a scale of four bytes
+answer = 512 * 256 / 32 * 20
+
+# %% tags=["mutant"]
+# bits, not bytes
+answer = 512 * 256 * 4.5
 
 # %% [markdown]
 # ## What would change on your model

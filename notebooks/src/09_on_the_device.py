@@ -376,56 +376,170 @@ monitor
 #
 # **Explain.** What can be known without a right answer: speed, memory, errors, confidence. What can't: accuracy. For that somebody has
 # to judge, with the two buttons below the chat; the monitor shows the share with its interval.
-#
+
+# %% [markdown]
 # ## Exercises
-#
-# Put your answers in place of `None`; the line below each says whether it is right.
-#
-# **1** (easy, 3 minutes). A dense model of 1.5 · 10⁹ weights at 4.5 bits per weight, a phone of 68 GB/s of which software reaches 60 %.
-# Tokens per second, overheads and cache left out?
 
-# %%
+# %% tags=["exercise-setup"]
+from edgelab import device_lab as lab
+
+# %% [markdown] tags=["exercise"] exercise="roofline" difficulty=2 importance=3 minutes=10
+# The roofline of decoding as a function. A dense model of so many `weights` with `bits` each; the cache of keys and values has `kv_bytes`.
+# The memory gives `bandwidth` bytes per second, of which software reaches a `share`; the cores do `peak` operations per second.
+# Every weight and the whole cache are read for each token, and each weight takes two operations. Memory and arithmetic overlap.
+
+# %% tags=["stub"]
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    """Tokens per second, overheads left out."""
+    ...
+
+
+# %% tags=["check"]
+lab.check_roofline(tokens_per_s)
+
+# %% [markdown] tags=["hint"]
+# Two times, in seconds per token: one of reading, one of computing. What overlaps takes as long as the slower of the two.
+
+# %% [markdown] tags=["expected"]
+# 1.5 · 10⁹ weights of 4.5 bits, no cache, 60 % of 68 GB/s, fast cores: 0.6 · 68 / (1.5 · 4.5 / 8) = 48.4.
+
+# %% tags=["solution"]
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    """Tokens per second, overheads left out."""
+    reading = (weights * bits / 8 + kv_bytes) / (share * bandwidth)
+    computing = 2 * weights / peak
+    return 1 / max(reading, computing)
+
+
+# %% tags=["mutant"]
+# bits taken for bytes
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    return 1 / max((weights * bits + kv_bytes) / (share * bandwidth), 2 * weights / peak)
+
+
+# %% tags=["mutant"]
+# the cache costs nothing
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    return 1 / max(weights * bits / 8 / (share * bandwidth), 2 * weights / peak)
+
+
+# %% tags=["mutant"]
+# times added up, though memory and arithmetic overlap
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    return 1 / ((weights * bits / 8 + kv_bytes) / (share * bandwidth) + 2 * weights / peak)
+
+
+# %% tags=["mutant"]
+# bandwidth alone: on slow cores arithmetic decides
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    return share * bandwidth / (weights * bits / 8 + kv_bytes)
+
+
+# %% tags=["mutant"]
+# the theoretical bandwidth, which no software reaches
+def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
+    return 1 / max((weights * bits / 8 + kv_bytes) / bandwidth, 2 * weights / peak)
+
+
+# %% [markdown] tags=["exercise"] exercise="cache-bytes" difficulty=1 importance=2 minutes=5
+# Llama-3.2-1B: 16 layers, 32 heads of queries, 8 of keys and values, each of 64 numbers. How many MB (10⁶ bytes) are its keys and
+# values at 4,096 tokens, in float16?
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_speed(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>Bytes per second over bytes per token.</details>
-#
-# **2** (easy, 5 minutes). Llama-3.2-1B: 16 layers, 32 heads of queries, 8 of keys and values, each of 64 numbers. How many MB (10⁶
-# bytes) are its keys and values at 4,096 tokens, in float16?
+# %% tags=["check"]
+lab.check_cache(answer)
 
-# %%
+# %% [markdown] tags=["hint"]
+# Queries are not kept.
+
+# %% [markdown] tags=["expected"]
+# More than a hundred MB: a sixth of the model's weights in four bits.
+
+# %% tags=["solution"]
+answer = 2 * 16 * 8 * 64 * 2 * 4096 / 1e6
+
+# %% tags=["mutant"]
+# keys, but no values
+answer = 16 * 8 * 64 * 2 * 4096 / 1e6
+
+# %% tags=["mutant"]
+# as many heads as there are queries
+answer = 2 * 16 * 32 * 64 * 2 * 4096 / 1e6
+
+# %% tags=["mutant"]
+# one layer
+answer = 2 * 8 * 64 * 2 * 4096 / 1e6
+
+# %% tags=["mutant"]
+# float32
+answer = 2 * 16 * 8 * 64 * 4 * 4096 / 1e6
+
+# %% [markdown] tags=["exercise"] exercise="static-power" difficulty=2 importance=3 minutes=5
+# Compute takes 2 W, in the low-power mode 1 W. At which static power, in W, does the battery last 40 % longer?
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_cache(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>Queries are not kept.</details>
-#
-# **3** (medium, 5 minutes). Compute takes 2 W, in the low-power mode 1 W. At which static power, in W, does the battery last 40 % longer?
+# %% tags=["check"]
+lab.check_static(answer)
 
-# %%
+# %% [markdown] tags=["hint"]
+# Life goes with one over the total power.
+
+# %% [markdown] tags=["expected"]
+# Between one and two watts, about what a screen takes.
+
+# %% tags=["solution"]
+answer = (2 - 1.4 * 1) / 0.4
+
+# %% tags=["mutant"]
+# 1 W is 40 % of 2.5 W, so the rest takes 2.5 W
+answer = 1 / 0.4
+
+# %% tags=["mutant"]
+# the gain counted on compute alone
+answer = 0.0
+
+# %% tags=["mutant"]
+# a round number that looks right: at 1 W the gain is 50 %
+answer = 1.0
+
+# %% [markdown] tags=["exercise"] exercise="flash" difficulty=2 importance=2 minutes=5
+# A mixture takes 10 ms per token with all experts in RAM. A token uses 300 MB of experts, 80 % of them are found in RAM, flash gives
+# 4 GB/s. Tokens per second?
+
+# %% tags=["stub"]
 answer = None
-print(lab.check_static(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>Life goes with one over the total power.</details>
-#
-# **4** (medium, 5 minutes). A mixture takes 10 ms per token with all experts in RAM. A token uses 300 MB of experts, 80 % of them are
-# found in RAM, flash gives 4 GB/s. Tokens per second?
+# %% tags=["check"]
+lab.check_flash(answer)
 
-# %%
-answer = None
-print(lab.check_flash(answer))
+# %% [markdown] tags=["hint"]
+# Times add up, speeds do not.
 
-# %% [markdown]
-# <details><summary>Hint</summary>Times add up, speeds do not.</details>
-#
-# <details><summary>Solutions</summary>
-#
-# 1: 0.6 · 68 / (1.5 · 4.5 / 8) = 48.4. 2: 2 · 16 · 8 · 64 · 2 · 4,096 = 134 MB. 3: (P + 2) / (P + 1) = 1.4, so 1.5 W.
-# 4: 10 ms + 0.2 · 300 MB / 4 GB/s = 25 ms, so 40.
-#
-# </details>
+# %% [markdown] tags=["expected"]
+# Less than half of the 100 tokens per second that it would be with all experts in RAM.
+
+# %% tags=["solution"]
+answer = 1 / (10e-3 + 0.2 * 300e6 / 4e9)
+
+# %% tags=["mutant"]
+# the hits are read, the misses are not
+answer = 1 / (10e-3 + 0.8 * 300e6 / 4e9)
+
+# %% tags=["mutant"]
+# flash alone, the 10 ms forgotten
+answer = 1 / (0.2 * 300e6 / 4e9)
+
+# %% tags=["mutant"]
+# all 300 MB from flash
+answer = 1 / (10e-3 + 300e6 / 4e9)
+
+# %% tags=["mutant"]
+# speeds added up
+answer = 1 / 10e-3 + 1 / (0.2 * 300e6 / 4e9)
 
 # %% [markdown]
 # ## What would change on your model

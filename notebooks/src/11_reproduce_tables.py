@@ -1,17 +1,18 @@
 # %% [markdown]
-# # 11 · Reproduce the tables
+# # 11 · Evaluate honestly, and reproduce the tables
 #
-# **Claim: of fifty figures that five articles give for language models on small devices, nearly every one can be computed, or modelled
-# with a band, by a function that anybody may run, and where none can, the function says why; and a verdict that follows from a rule is
-# worth more than an opinion.**
+# **Claim: most of what makes a comparison unfair can be seen in a few cells, on a small model, in a minute; of fifty figures that five
+# articles give for language models on small devices, nearly every one can be computed, or modelled with a band, by a function that
+# anybody may run; and a table is worth what its receipt is worth.**
 #
 # After this notebook you can
 #
-# 1. look up any of the fifty claims, see what was run for it, and run it again,
-# 2. say by which rule it was judged, and what another rule would have said,
-# 3. tell what was measured here, what at build, what was modelled and what simulated,
-# 4. read an interval as a verdict does: not whether the mean is good enough, but whether its worst end is,
-# 5. ask of a saving what it is compared with, and of a size how many bits are behind it.
+# 1. name eight ways in which a comparison of compressed models goes wrong, and show each,
+# 2. ask of a saving what it is compared with, and of a size how many bits are behind it,
+# 3. read an interval as a verdict does: not whether the mean is good enough, but whether its worst end is,
+# 4. look up any of fifty claims, see what was run for it and by which rule it was judged, and run it again,
+# 5. tell what was measured here, what at build, what was modelled and what simulated,
+# 6. reproduce a table from a clean state, read its receipt, and find out that somebody edited it.
 #
 # *Before you start*: [04](04_quantize_a_model.ipynb), [05](05_pruning.ipynb) and [06](06_moe_experts.ipynb), where most of the methods
 # come from. *Takes* a minute and a half on two cores and 2 GB of memory: what takes longer was **measured at build** by the same functions
@@ -29,21 +30,31 @@
 # the other way round. Each claim's rule, target and tolerance are columns of `data/claims.csv`.
 
 # %%
+import shutil
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from IPython.display import display
 
-from edgelab import plots
-from edgelab.claims import autoglm, cherry, deepseek, devices, exercises, guide, policies, qingzhou, service
+from edgelab import Recipe, compress, honest_lab, plots, studies
+from edgelab.claims import autoglm, cherry, deepseek, devices, guide, policies, qingzhou, service
 from edgelab.claims.bench import Bench
 from edgelab.claims.index import entry
+from edgelab.data import calibration_batches
+from edgelab.evaluate import measure
 from edgelab.ledger import Entry, Ledger, judge, share_figure
+from edgelab.paper_tables import drawn
+from edgelab.receipts import Receipt
+from edgelab.reproduce import reproduce, verify
 
 # %% tags=["parameters"]
 again = False  # True: measure also what was measured at build (most of an hour)
-turns = 5  # of each timing
-out = "../runs/11"  # where the ledger is written
+turns = 3  # of each timing
+documents = {"prose": 4, "code": 4, "assistant": 40, "arithmetic": 40}  # of the test split, for the first part
+calibration_tokens = 2048
+out = "../runs/11"  # where ledger and tables are written
 
 # %%
 torch.set_num_threads(1)  # timings are of one thread anyway, and two of them wait for each other on a busy machine
@@ -53,7 +64,78 @@ take = partial(entry, bench=bench, again=again)
 print(book)
 
 # %% [markdown]
-# ## 1. DeepSeek-R1 on a phone
+# ## 1. Evaluate honestly
+#
+# **Compared with what?** A file of so many bytes is many times smaller, or few times, by what stands beside it.
+#
+# **Predict.** int4-g32 in three lines: against float32, bfloat16, int8. Which of them would an advertisement print?
+
+# %%
+int4 = compress(bench.moe, Recipe.uniform("int4-g32"), progress=False)
+plots.show_rows(honest_lab.against(int4.coverage.predicted_bytes, int4.coverage.parameters))
+
+# %% [markdown]
+# **How many bits?** Two methods "with 4 bits" need not take the same. Compare at equal *effective* bits, or you compare sizes.
+
+# %%
+plots.show_rows(honest_lab.effective(["int4-row", "int4-g128", "int4-g32", "uint4-g32", "nf4-g32", "mxfp4-g32"]))
+
+# %% [markdown]
+# **Calibrated on what?** GPTQ twice on the same weights: with text of the calibration split, and with the very documents that it is then
+# tested on.
+#
+# **Predict.** Who has the lower KL divergence on these documents, and how much of it is real?
+
+# %%
+test = drawn(bench.corpus["test"], documents, seed=0)
+fair, unfair = (
+    calibration_batches(bench.tokenizer, split, tokens=calibration_tokens, context=256) for split in (bench.corpus["calibration"], test)
+)
+models = {"original": bench.dense}
+models["to nearest"] = compress(bench.dense, Recipe.body("int3-g32"), progress=False).model
+models["GPTQ"] = compress(bench.dense, Recipe.body("int3-g32", method="gptq"), calibration=fair, progress=False).model
+models["GPTQ, saw the test"] = compress(bench.dense, Recipe.body("int3-g32", method="gptq"), calibration=unfair, progress=False).model
+measured = measure(models, bench.tokenizer, test, max_docs=None, context=256, progress=False)
+plots.show_rows(honest_lab.divergences(measured))
+
+# %% [markdown]
+# **Side by side, or paired?** Each model's own interval says how much *documents* differ. Both models read the same ones, so what differs
+# between documents falls out of their difference.
+
+# %%
+plots.show_rows(honest_lab.two_ways(measured, "to nearest", "GPTQ"))
+
+# %% [markdown]
+# **What does perplexity hide?** It can stay where it is while answers change places: some go wrong, others come right, and the mean does
+# not notice. *Flips* count them; McNemar's test says whether more went wrong than came right.
+
+# %%
+plots.show_rows(honest_lab.hidden(measured, ["to nearest", "GPTQ"]))
+
+# %% [markdown]
+# **How many did you try?** The best of many is good partly by luck. Here each "method" changes nothing: the sign of every document's
+# difference is thrown, so the truth is zero.
+#
+# **Predict.** One is called better, wrongly, 2.5 times in a hundred. The best of twenty?
+
+# %%
+plots.show_rows(honest_lab.luck(honest_lab.differences(measured, "to nearest", "GPTQ")))
+
+# %% [markdown]
+# **How many seeds?** A quarter of the experts dropped at random, three times (measured at build). An interval over documents knows nothing
+# of seeds.
+
+# %%
+plots.show_rows(honest_lab.seeds_apart(studies.read("experts").report, {f"seed {s}": f"random {s} 25%" for s in range(3)}))
+
+# %% [markdown]
+# **Explain.** The advertisement prints the first line, of a format that nobody ships. A scale per 32 weights is half a bit, and an offset
+# another half: at "4 bits" one method may have an eighth more to spend. What saw the test looks better on the test: by how much is in the
+# table, and none of it would be there on your text. Side by side, intervals overlap where the paired one settles the matter. Flips are
+# many times the points lost. And no interval of one seed holds the other two.
+
+# %% [markdown]
+# ## 2. DeepSeek-R1 on a phone
 #
 # **Predict.** 4-bit codes shrink 16-bit weights how many times at most? The article says 4.06. And ten minutes of running cost 1 % of the
 # battery: how many watts is that?
@@ -156,7 +238,7 @@ book.enter(take(policies.a15))
 # shows how much less of it arrives where each layer is called from Python.
 
 # %% [markdown]
-# ## 2. Cherry Studio and DeepSeek-R1-0528
+# ## 3. Cherry Studio and DeepSeek-R1-0528
 #
 # **Predict.** KL calibration is the classic rule for static 8-bit activations. Does it lose less than 1.2 points on a language model? And
 # what does "dynamic" channel pruning do to the size of a file?
@@ -242,7 +324,7 @@ book.enter(take(devices.b12))
 # the number of requests, which the claim leaves out.
 
 # %% [markdown]
-# ## 3. Open-AutoGLM
+# ## 4. Open-AutoGLM
 #
 # **Predict.** An early exit leaves the deeper blocks out for easy tokens. Must it be faster? And power fell from 210 to 145 mW where
 # latency fell from 89 to 62 ms: what do you get for 210 · 62 / 89?
@@ -315,7 +397,7 @@ book.enter(take(service.c10))
 # that never saw its words: what is measured has the same form and is no substitute.
 
 # %% [markdown]
-# ## 4. Qingzhou
+# ## 5. Qingzhou
 #
 # **Predict.** "2.3 times faster, 1.2 % lost, by two of 16 experts." Against what?
 
@@ -381,7 +463,7 @@ book.enter(take(devices.d9))
 # are enough" half is true: the new task is learnt, and how much of it depends on what may be forgotten.
 
 # %% [markdown]
-# ## 5. The guide to models on phones
+# ## 6. The guide to models on phones
 #
 # **Predict.** Half of the weights are zero. Does a sparse format take fewer bytes than the dense one? Than dense 4-bit codes?
 
@@ -416,7 +498,7 @@ book.enter(take(service.e4))
 # are ours.
 
 # %% [markdown]
-# ## 6. The ledger
+# ## 7. The ledger
 #
 # The whole table, and the same as a page, for LaTeX, as CSV and JSON. (`edgelab ledger --out FOLDER` does that at the shell.)
 
@@ -461,8 +543,6 @@ assert judge(book.claims["B5"], worse).word == "doesn't hold here"
 # **Predict.** How many verdicts change if a claim has to hold within 20 % of its figure only?
 
 # %%
-from dataclasses import replace
-
 lenient = [(c, judge(replace(c, tolerance=0.2), book.entries[c.id])) for c in book.claims.values()]
 changed = [
     {"claim": c.id, "wanted": c.wanted, "ours": book.entries[c.id].text, "as it is": str(book.verdict(c.id)), "within 20 %": str(v)}
@@ -485,46 +565,282 @@ plots.show_rows(rows)
 # on a measurement: these are the ones to measure again with more answers, or on your model. One that stays at 40 % does not.
 
 # %% [markdown]
-# ## Exercises
+# ## 8. Reproduce a table, and read its receipt
 #
-# **1** (easy, 3 minutes). "At most 0.8 % lost". You measured a loss of 0.5 points with the interval [−0.1, 1.1]. The verdict, by this
-# ledger's rule?
+# `edgelab reproduce` runs each table of this project through papermill: a fresh kernel in a fresh folder, three seeds, and for every cell a
+# verdict against stored values. All of them take some ten minutes; here is the shortest, which judges the long studies again.
+#
+# **Predict.** Which of its cells can differ between two machines?
 
 # %%
+tables = Path(out) / "tables"
+shutil.rmtree(tables, ignore_errors=True)
+(outcome,) = reproduce(["studies"], seeds=1, quick=True, out=tables, progress=False)
+display(outcome.table)
+print(outcome.line())
+assert outcome.table.counts().get("differs", 0) == 0
+
+# %% [markdown]
+# **The receipt** says what a reader needs to get the same: settings, seed, the code that was loaded, the data, the versions.
+
+# %%
+receipt = Receipt.read(tables / "studies")
+facts = receipt.facts()
+plots.show_rows([{"what": k, "value": facts[k]} for k in ("what", "settings", "code", "data", "versions")])
+print(*sorted(path.name for path in (tables / "studies").iterdir() if path.is_file()), sep="\n")
+
+# %% [markdown]
+# A second time nothing runs: the receipt still fits. And `edgelab verify-tables` says from the files alone what they are worth.
+
+# %%
+(again_there,) = reproduce(["studies"], seeds=1, quick=True, out=tables, progress=False)
+assert again_there.ran == () and again_there.kept == (0,)
+(verified,) = verify(tables)
+print(verified.line())
+assert verified.remarks == ()
+
+# %% [markdown]
+# **The control that must fail.** One digit of the table is edited. Then, cleverer, the receipt too, with the right hash of the edited file.
+
+# %%
+table = tables / "studies" / "studies.csv"
+honest = table.read_text()
+table.write_text(honest.replace("0.18", "0.08", 1))
+(caught,) = verify(tables)
+print(*caught.remarks, sep="\n")
+assert any("was edited" in remark for remark in caught.remarks)
+
+# %%
+from edgelab import receipts
+
+receipts.write(tables / "studies", receipt, receipt.outputs)
+(caught,) = verify(tables)
+print(*caught.remarks, sep="\n")
+assert caught.remarks and not any("was edited" in remark for remark in caught.remarks)
+
+# %%
+table.write_text(honest)
+receipts.write(tables / "studies", receipt, receipt.outputs)
+assert verify(tables)[0].remarks == ()
+
+# %% [markdown]
+# **Explain.** None of this table's cells can differ, for they are read and judged; of others the measured ones can, in their last digits:
+# another order of additions turns a rounding now and then. How much is measured when values are stored (two threads, an older
+# processor), and three times that is what a cell may be off. Times are printed and never judged. A forged receipt fits the file, and the file no longer
+# follows from its cells; who forges these as well has to be found by running, which is what `edgelab reproduce` is for.
+
+# %% [markdown]
+# ## Exercises
+
+# %% tags=["exercise-setup"]
+from edgelab.claims import exercises as lab
+
+before, after = lab.BEFORE, lab.AFTER  # ten answers of a model and of its compressed form; 1 is right
+value, two_threads, older_processor = lab.VALUE, *lab.AGAIN
+
+# %% [markdown] tags=["exercise"] exercise="flips" difficulty=1 importance=3 minutes=4
+# Ten answers before compression, `1111110000`, and after it, `0111101100` (1: right). How many points of accuracy are lost, and what per
+# cent of the answers are *flips*?
+
+# %% tags=["stub"]
+points_and_flips = None  # (points, per cent)
+
+# %% tags=["check"]
+lab.check_flips(points_and_flips)
+
+# %% [markdown] tags=["hint"]
+# Accuracy counts ones. Flips compare place by place.
+
+# %% [markdown] tags=["expected"]
+# Two numbers, of which one is as small as it can be.
+
+# %% tags=["solution"]
+points_and_flips = (0, 40)
+
+# %% [markdown] tags=["why"]
+# Six of ten are right before and after. Two went wrong and two came right: four of ten answers are other ones.
+
+# %% tags=["mutant"]
+# equal accuracy means equal answers
+points_and_flips = (0, 0)
+
+# %% tags=["mutant"]
+# only what went wrong counts
+points_and_flips = (0, 20)
+
+# %% tags=["mutant"]
+# what went wrong is lost, whatever came right
+points_and_flips = (20, 40)
+
+# %% tags=["mutant"]
+# flips as a count, not in per cent
+points_and_flips = (0, 4)
+
+# %% [markdown] tags=["exercise"] exercise="luck-of-twenty" difficulty=2 importance=3 minutes=5
+# Twenty methods change nothing. Each is called better if its 95 % interval lies wholly on the good side. What is the chance that at least
+# one is? Take them as independent.
+
+# %% tags=["stub"]
+chance = None
+
+# %% tags=["check"]
+lab.check_luck(chance)
+
+# %% [markdown] tags=["hint"]
+# A 95 % interval misses zero in 5 of 100 cases, and in half of them on the good side. What is the chance that none of twenty does?
+
+# %% [markdown] tags=["expected"]
+# Between a third and a half.
+
+# %% tags=["solution"]
+chance = 1 - 0.975**20
+
+# %% tags=["mutant"]
+# chances add up
+chance = 20 * 0.025
+
+# %% tags=["mutant"]
+# both sides of the interval count as better
+chance = 1 - 0.95**20
+
+# %% tags=["mutant"]
+# the chance that none is
+chance = 0.975**20
+
+# %% tags=["mutant"]
+# trying more changes nothing
+chance = 0.025
+
+# %% [markdown] tags=["exercise"] exercise="verdict" difficulty=1 importance=3 minutes=3
+# "At most 0.8 % lost". You measured a loss of 0.5 points with the interval [−0.1, 1.1]. The verdict, by this ledger's rule?
+
+# %% tags=["stub"]
 answer = None  # a text
-print(exercises.check_verdict(answer))
 
-# %% [markdown]
-# <details><summary>Hint</summary>Look at the worst end of the interval, then at the value.</details>
+# %% tags=["check"]
+lab.check_verdict(answer)
 
-# %% [markdown]
-# **2** (easy, 3 minutes). 13 GB of 16-bit weights became 3.2 GB: how many bits per weight, scales and all?
+# %% [markdown] tags=["hint"]
+# Look at the worst end of the interval, then at the value.
 
-# %%
-answer = None
-print(exercises.check_bits(answer))
+# %% [markdown] tags=["expected"]
+# One of the verdicts of the table at the beginning.
 
-# %% [markdown]
-# <details><summary>Hint</summary>The share of bytes that is left is the share of bits that is left.</details>
+# %% tags=["solution"]
+answer = "holds in part"
 
-# %% [markdown]
-# **3** (medium, 8 minutes). A board costs 249 USD, is used for four years, takes 15 W day and night at 0.30 USD per kWh. An answer from
+# %% tags=["mutant"]
+# the mean is good enough
+answer = "holds"
+
+# %% tags=["mutant"]
+# an interval that reaches over the limit refutes
+answer = "doesn't hold here"
+
+# %% tags=["mutant"]
+# an uncertain value is an untested one
+answer = "can't be tested without the hardware"
+
+# %% [markdown] tags=["exercise"] exercise="bits-behind-a-size" difficulty=1 importance=2 minutes=3
+# 13 GB of 16-bit weights became 3.2 GB: how many bits per weight, scales and all?
+
+# %% tags=["stub"]
+bits = None
+
+# %% tags=["check"]
+lab.check_bits(bits)
+
+# %% [markdown] tags=["hint"]
+# The share of bytes that is left is the share of bits that is left.
+
+# %% [markdown] tags=["expected"]
+# A little less than 4, which codes alone would take.
+
+# %% tags=["solution"]
+bits = 16 * 3.2 / 13
+
+# %% tags=["mutant"]
+# what the article says it did
+bits = 4.0
+
+# %% tags=["mutant"]
+# how many times smaller it is
+bits = 13 / 3.2
+
+# %% tags=["mutant"]
+# the original taken for 32 bits
+bits = 32 * 3.2 / 13
+
+# %% [markdown] tags=["exercise"] exercise="break-even" difficulty=2 importance=1 minutes=8
+# A board costs 249 USD, is used for four years, takes 15 W day and night at 0.30 USD per kWh. An answer from
 # the cloud costs 0.0005 USD. From how many answers a day is the board cheaper?
 
-# %%
-answer = None
-print(exercises.check_break_even(answer))
+# %% tags=["stub"]
+answers_a_day = None
 
-# %% [markdown]
-# <details><summary>Hint</summary>A year has 8,766 hours: 1 W takes 8.766 kWh in it.</details>
+# %% tags=["check"]
+lab.check_break_even(answers_a_day)
 
-# %% [markdown]
-# <details><summary>Solutions</summary>
-#
-# 1: holds in part. 2: 16 · 3.2 / 13 = 3.94, below the 4 bits of the codes alone. 3: 62.25 USD a year for the board and 39.45 for its
-# power, over 0.0005 · 365.25: 557 a day.
-#
-# </details>
+# %% [markdown] tags=["hint"]
+# A year has 8,766 hours: 1 W takes 8.766 kWh in it.
+
+# %% [markdown] tags=["expected"]
+# Some hundreds a day.
+
+# %% tags=["solution"]
+a_year = 249 / 4 + 15 * 8.766 * 0.30
+answers_a_day = a_year / 0.0005 / 365.25
+
+# %% tags=["mutant"]
+# the power is forgotten
+answers_a_day = 249 / 4 / 0.0005 / 365.25
+
+# %% tags=["mutant"]
+# the whole price in the first year
+answers_a_day = (249 + 15 * 8.766 * 0.30) / 0.0005 / 365.25
+
+# %% tags=["mutant"]
+# answers a year
+answers_a_day = (249 / 4 + 15 * 8.766 * 0.30) / 0.0005
+
+# %% tags=["mutant"]
+# watt-hours taken for kilowatt-hours
+answers_a_day = (249 / 4 + 15 * 8766 * 0.30) / 0.0005 / 365.25
+
+# %% [markdown] tags=["exercise"] exercise="tolerance" difficulty=2 importance=2 minutes=5
+# A KL divergence of 0.0400 is stored. When it was stored the same seed ran again with two threads, 0.0403, and on an older processor,
+# 0.0396. How far from 0.0400 may your run of that seed be and still agree, by the rule of `edgelab reproduce`?
+
+# %% tags=["stub"]
+within = None  # in nats per token
+
+# %% tags=["check"]
+lab.check_tolerance(within)
+
+# %% [markdown] tags=["hint"]
+# The largest change counts, and the next machine is another one still.
+
+# %% [markdown] tags=["expected"]
+# Three per cent of the value.
+
+# %% tags=["solution"]
+within = 3 * abs(older_processor - value)
+
+# %% tags=["mutant"]
+# what two runs show is all that can happen
+within = abs(older_processor - value)
+
+# %% tags=["mutant"]
+# the smaller change
+within = 3 * abs(two_threads - value)
+
+# %% tags=["mutant"]
+# the changes add up
+within = 3 * (abs(two_threads - value) + abs(older_processor - value))
+
+# %% tags=["mutant"]
+# relative instead of in nats
+within = 3 * abs(older_processor - value) / value
 
 # %% [markdown]
 # ## What would change on your model
@@ -532,4 +848,11 @@ print(exercises.check_break_even(answer))
 # Sizes and counts change with its shape and not with its training: run the A1, A5, C7 and E1 functions on it first. Accuracy on larger
 # models suffers less from 4 bits and from zeros, and your task may be another than commands and sums: give the answers that you care
 # about, and more of them than you think, for a loss of under one point takes a thousand answers to be sure of. Speeds are of one thread of
-# this processor. And the modelled lines are where a measurement is worth most: a phone and an hour.
+# this processor. And the modelled lines are where a measurement is worth most: a phone and an hour. For a table of your own model,
+# `edgelab compare MODEL --out FOLDER` keeps the first part's rules: equal effective bits, calibration apart from the test, paired intervals.
+#
+# ```python
+# from transformers import AutoModelForCausalLM
+#
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")  # needs a network once; then compress, measure, two_ways as above
+# ```
