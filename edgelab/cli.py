@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgelab import __version__, cli_export, cli_ledger, cli_predict, cli_run, words
+from edgelab import __version__, cli_export, cli_ledger, cli_predict, cli_report, cli_reproduce, cli_run, cli_sweep, words
 from edgelab.console import (
     CalibrationData,
     CalibrationTokens,
@@ -510,9 +510,9 @@ def doctor() -> None:
     out_console.print("All that is needed is here.", markup=False)
 
 
-for more in (cli_export.app, cli_run.app, cli_predict.app, cli_ledger.app):
-    app.registered_commands += more.registered_commands
-    app.registered_groups += more.registered_groups
+for more in (cli_export, cli_run, cli_predict, cli_sweep, cli_report, cli_ledger, cli_reproduce):
+    app.registered_commands += more.app.registered_commands
+    app.registered_groups += more.app.registered_groups
 
 if __name__ == "__main__":
     app()

@@ -464,7 +464,8 @@ def test_in_jupyterlab_by_mouse(page):
     tab.wait_for_function("[...document.querySelectorAll('p')].some(p => p.innerText.includes('pin another as B'))")
     spot = tab.evaluate(
         "(() => { const gd = document.querySelector('.js-plotly-plot'), l = gd._fullLayout, r = gd.getBoundingClientRect(), t = gd.data[1];"
-        " const x = Array.from(t.x), y = Array.from(t.y), i = y.map((v, k) => [v, k]).filter(p => isFinite(p[0])).sort((a, b) => a[0] - b[0])[5][1];"
+        " const x = Array.from(t.x), y = Array.from(t.y), shown = y.map((v, k) => [v, k]).filter(p => isFinite(p[0]));"
+        " const i = shown.sort((a, b) => a[0] - b[0])[5][1];"
         " return [r.x + l.xaxis._offset + l.xaxis.c2p(x[i]), r.y + l.yaxis._offset + l.yaxis.c2p(y[i])] })()"
     )
     before = tab.get_by_label("configuration", exact=True).input_value()

@@ -141,9 +141,7 @@ def opened(browser, written):
 
 def settled(tab):
     """After what waits until a slider rests."""
-    drawn = -1
-    while drawn != (drawn := tab.evaluate("edgelab.drawn()")):
-        tab.wait_for_timeout(150)
+    tab.wait_for_function("edgelab.resting()")
 
 
 def random_state(sweep: Sweep, rng: np.random.Generator) -> State:

@@ -1,4 +1,4 @@
-"""The arithmetic of the trade-off explorer: fronts by brute force, tests against scipy and a plain bootstrap, budgets, presets, refusals."""
+"""The arithmetic of the trade-off explorer: fronts by brute force, tests against scipy and a plain bootstrap, budgets, refusals."""
 
 import json
 import math

@@ -3,7 +3,7 @@
 (() => {
   const T = tradeoff, $ = (id) => document.getElementById(id);
   const began = performance.now();
-  let sweep, now, state, late;  // late: timer of what may wait until a slider rests
+  let sweep, now, state, late = null;  // late: timer of what may wait until a slider rests
   // what the page alone knows: not part of a State
   const ui = { mode: "inspect", brush: null, zoom: {}, cursor: null, hover: null, sort: "quality", shown: 50, preset: "", drawn: 0,
     colour: "method", from: { pin_a: 1, pin_b: 1 }, fitted: false };
@@ -398,16 +398,18 @@
     }
     draw();
     answer();
-    frontTable();
     clearTimeout(late);
-    late = setTimeout(rest, 150);
+    late = setTimeout(rest, 120);
   }
 
   function choose(i) { change({ chosen: id(i) }, ui.preset); }
   function setBrush(b) { ui.brush = b; change({}, ui.preset); brushFields(); }
 
   function rest() {  // what may come a moment after the plot
+    clearTimeout(late);
+    late = null;
     fill();
+    frontTable();
     ties();
     brushTable();
     allTable();
@@ -490,7 +492,7 @@
       `${rows.length > some.length ? `, the smallest ${some.length} of them` : ""}${outside ? `; ${T.thousands(outside)} more lie outside the budgets` : ""}`;
     const best = h` <span class="tag built">best</span>`;
     table($("front"), h`<table><caption>${caption}</caption>${heads(false)}<tbody>${some.map((i) => line(i, i === now.best ? best : ""))}</tbody></table>`);
-    $("plot-say").textContent = `${T.thousands(now.picked_from)} configurations within the budgets, ${rows.length} of them on the front` +
+    if (ui.cursor === null) $("plot-say").textContent = `${T.thousands(now.picked_from)} configurations within the budgets, ${rows.length} of them on the front` +
       (rows.length ? `, from ${MB(size(rows[0]))} MB at ${T.said(now.metric, now.quality.value[rows[0]])} to ${MB(size(rows.at(-1)))} MB at ${T.said(now.metric, now.quality.value[rows.at(-1)])}.` : ".");
   }
 
@@ -909,7 +911,7 @@ for name in ("size_bytes", "em_assistant", "em_arithmetic", "kld", "bits_per_byt
     place: (row, panel = 0) => { const b = $("plot-points").getBoundingClientRect(); return [b.left + spots[panel].xs[row], b.top + spots[panel].ys[row]]; },
     panel: (k) => panels[k],
     drawn: () => ui.drawn,
-    rest: () => { clearTimeout(late); rest(); },
+    rest, resting: () => late === null && waiting === null,
     sweep: () => sweep,
   };
   window.edgelab.ready = start().catch((error) => {

@@ -30,7 +30,7 @@ CONTROLS = {
     "metric": "pick('metric', k)",
     "device": "pick('device', k)",
     "objective": "pick('objective', k)",
-    "filter": "toggle(k)",
+    "filter": "toggle(3 + k)",
     "colour": "pick('colour', k)",
 }
 CLOCK = """
