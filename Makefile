@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lab bench notebooks compare peers pretrain phone studies lint format clean
+.PHONY: help demo test nightly lab bench notebooks workshop reproduce sweep compare peers pretrain phone studies lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -40,6 +40,16 @@ bench: $(VENV)/.test-lab-export-bnb ## the benchmarks of tests/bench, on this ma
 
 notebooks: $(VENV)/.lab-export ## write notebooks/*.ipynb from notebooks/src and execute them
 	@$(BIN)/python notebooks/build.py $(ARGS)
+
+workshop: $(VENV)/.lab-export ## the instructor's kit in dist/workshop, wheels for a room without a network included (ARGS=--no-wheels leaves them out)
+	@$(BIN)/python -m edgelab.workshop $(ARGS)
+
+reproduce: $(VENV)/.lab-export ## the paper-style tables anew, over seeds, with receipts and verdicts in runs/tables
+	@$(BIN)/edgelab reproduce $(ARGS)
+
+sweep: $(VENV)/.core ## the configurations of data/sweep.parquet that are missing (40 minutes of one core for all; resumes where it was stopped)
+	@OMP_NUM_THREADS=1 $(BIN)/edgelab sweep --export data/sweep.parquet $(ARGS)
+	@$(BIN)/python -m edgelab.manifest --write
 
 compare: $(VENV)/.test-lab-export-bnb ## the table of methods x bits on both embedded models, with the peers that are installed
 	@$(BIN)/edgelab compare data/edge-dense --methods all --peers installed --out runs/compare-dense $(ARGS)

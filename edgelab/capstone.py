@@ -478,7 +478,13 @@ class Capstone:
     """
 
     def __init__(
-        self, folder: str | Path = "runs/12", challenge: Challenge | None = None, *, corpus=None, board: str | Path = "board.json"
+        self,
+        folder: str | Path = "runs/12",
+        challenge: Challenge | None = None,
+        *,
+        corpus=None,
+        calibration_tokens: int = 4096,
+        board: str | Path = "board.json",
     ) -> None:
         from edgelab.model import load_tokenizer
 
@@ -488,12 +494,13 @@ class Capstone:
         self.items = items(self.challenge, self.corpus)
         self.board = Board(self.folder / board, self.challenge, data.fingerprint(self.items))
         self._batches: dict[tuple, list] = {}
+        self._tokens = calibration_tokens
 
     # ----------------------------------------------------------------------------------------- what methods may read
 
-    def calibration(self, tokens: int = 4096) -> list:
-        """Batches of the calibration split: what a recipe gets that was given none."""
-        return self._read("calibration", tokens)
+    def calibration(self, tokens: int | None = None) -> list:
+        """Batches of the calibration split, `calibration_tokens` unless given: what a recipe gets that was given none."""
+        return self._read("calibration", tokens or self._tokens)
 
     def training(self, tokens: int = 100_000) -> list:
         """Batches of the training split."""
@@ -508,12 +515,9 @@ class Capstone:
         """Raises ValueError when `batches` hold an item of this challenge, or a scored document of the test split."""
         if batches is None:
             return
-        import datasets
-
-        test = self.corpus["test"].filter(lambda d: [x in DOMAINS for x in d], input_columns="domain", batched=True)
-        held_out = datasets.concatenate_datasets(
-            [self.items.select_columns(["prompt", "answer"]), test.select_columns(["prompt", "answer"])]
-        )
+        test = self.corpus["test"]
+        pairs = [*zip(self.items["prompt"], self.items["answer"], strict=True), *zip(test["prompt"], test["answer"], strict=True)]
+        held_out = {"prompt": [p for p, a in pairs if a], "answer": [a for _, a in pairs if a]}
         found = leak(batches, self.tokenizer, held_out)
         if found is not None:
             raise ValueError(f"{what} holds {found!r}, which is held out for the score; take it from corpus()['calibration'] or ['train']")
@@ -628,7 +632,8 @@ class Capstone:
     # ------------------------------------------------------------------------------------------------------- rescoring
 
     def rescore(self, seed: int, path: str | Path | None = None) -> Board:
-        """A new board: every entry of this one answers the items of another seed. `path`: board-<seed>.json beside this board unless given.
+        """A new board: every entry of this one that fits answers the items of another seed. `path`: board-<seed>.json beside this one
+        unless given.
 
         For the end of a contest: nobody can have tuned to questions whose seed was named after the deadline. Raises ValueError for
         an entry whose folder has changed since.
@@ -638,7 +643,7 @@ class Capstone:
         name = f"board-{seed}.json" if path is None else Path(path).absolute()  # an absolute path stays what it is behind a folder
         other = Capstone(self.folder, replace(self.challenge, seed=seed), corpus=self.corpus, board=name)
         board = other.board
-        for entry in self.board.entries:
+        for entry in (e for e in self.board.entries if e.fits):
             inside = self.folder / entry.folder
             folder = inside if inside.is_dir() else Path(entry.folder)
             weighed = other._weighed(folder, entry.name, entry.model, entry.folder, entry.recipe)

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from edgelab import html_table, plots
 from edgelab.capstone import DOMAINS, MODELS, Capstone, Challenge, Entry, ranked
 from edgelab.exercises import Case, Verdict, check_function, hint, not_yet, numbers, right, unanswered
+from edgelab.frame import PLOT, frame
 from edgelab.paths import data_dir
 from edgelab.recipe import DropExperts, Quantize, Recipe, Route
 from edgelab.scheme import QuantScheme
@@ -204,11 +205,11 @@ class SubmitControl:
             w.link((box, "value"), (slider, "value"))
             pairs.append(w.HBox([box, slider]))
         self.button = w.Button(description="submit", button_style="primary", tooltip="compress, weigh and score this recipe")
-        self.bar = w.IntProgress(0, min=0, max=len(_STAGES), description="", layout={"width": "12em"})
+        self.bar = w.IntProgress(0, min=0, max=len(_STAGES), description="progress", layout={"width": "12em"})
         self.stage = w.HTML("")
         self.plan, self.sentence, self.table = w.HTML(), w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(board_figure(capstone.board.entries, capstone.challenge))
-        self.figure._config = self.figure._config | {"responsive": True}
+        self.figure._config = self.figure._config | PLOT
         self.form = w.VBox([self.name, w.HBox([self.model, self.method, self.group], layout={"flex_flow": "row wrap"}), *pairs])
         for widget in (self.model, self.method, self.group, self.bits, self.budget, self.experts, self.top_k):
             widget.observe(lambda _: self._changed(), "value")
@@ -348,7 +349,7 @@ class SubmitControl:
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         run = w.HBox([self.button, self.bar, self.stage])
-        box = w.VBox([self.form, self.plan, run, self.sentence, self.figure, self.table])
+        box = frame(self.form, self.plan, run, self.sentence, self.figure, self.table)
         return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:

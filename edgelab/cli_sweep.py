@@ -33,14 +33,15 @@ def sweep(
     Rows are kept one by one, so a sweep that was killed goes on where it was. `--export FILE --limit 0` writes what is there.
     """
     from edgelab import sweep as sweeps
-    from edgelab.sweep_run import Protocol, bench
+    from edgelab.sweep_run import bench
+    from edgelab.sweep_space import Protocol, space
 
     if searched is not None and (scheduler or jobs > 1 or limit is not None):
         raise ValueError("--search measures one configuration after the other in this process: leave out --jobs, --scheduler and --limit")
     if status and not (store / sweeps.FILE).is_file():
         raise FileNotFoundError(f"{store} holds no sweep yet; `edgelab sweep --store {store}` starts one")
     here = bench(Protocol(seed=seed))
-    grid = sweeps.jobs_of(here, sweeps.space())
+    grid = sweeps.jobs_of(here, space())
     with sweeps.Store(store) as kept:
         try:
             if status:

@@ -15,13 +15,11 @@ budgets cut off a region, and every slider has a number box.
 """
 
 import json
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from math import isfinite
 
-import anywidget
 import ipywidgets as w
 import numpy as np
 import plotly.graph_objects as go
@@ -29,101 +27,16 @@ import plotly.graph_objects as go
 from edgelab import explorer_words as say
 from edgelab import plots, tradeoff
 from edgelab.device import CLASSES, devices
+from edgelab.explorer_controls import Budget, Fit
 from edgelab.explorer_measure import MeasurePanel, RecipePanel
 from edgelab.explorer_plots import COLOURED_BY, ROLE_COLOURS, ROLE_SYMBOLS, SYMBOLS, Mark, Picture, colours, layers_of, said, scale
+from edgelab.frame import frame
 from edgelab.sweep_table import FILTERS, METRICS, Sweep
 from edgelab.tradeoff import OBJECTIVES, PRESETS, State
 
 PANELS = ("front", "layers", "A against B", "on the device", "recipe", "measure here")
 ENGINES = {"cpu": "CPU, plain kernels", "cpu-tuned": "CPU, low-bit kernels", "gpu": "GPU", "npu": "NPU"}
 FILTER_NAMES = {"top_k": "top-k", "group": "weights per scale"}
-_STEPS = 200  # of a budget's slider
-
-
-class _Fit(anywidget.AnyWidget):
-    """An invisible line that tells plotly when the page has given it another width: plotly itself hears of the window's only."""
-
-    _esm = """
-    export default { render({ el }) {
-        let width = 0;
-        new ResizeObserver(() => {
-            if (el.clientWidth !== width) { width = el.clientWidth; window.dispatchEvent(new Event("resize")); }
-        }).observe(el);
-    } };
-    """
-
-
-class Budget:
-    """A limit: a number box, and a slider that leads and follows it. `limit` is in the box's unit; None at the open end: no limit.
-
-    `open_high`: whether the open end is the high one (at most), or the low one (at least). `log`: how the slider goes.
-    """
-
-    def __init__(self, description: str) -> None:
-        self.box = w.BoundedFloatText(min=0, max=1e12, step=None, description=description, style={"description_width": "initial"},
-                                      layout={"width": "auto", "min_width": "17em"})  # fmt: skip
-        self.slider = w.IntSlider(0, min=0, max=_STEPS, readout=False, layout={"width": "10em"})
-        self.low, self.high, self.log, self.open_high = 0.0, 1.0, False, True
-        self._limit: float | None = None
-        self._shown = 0.0
-        self._following = False
-        self.box.observe(self._typed, "value")
-        self.slider.observe(self._slid, "value")
-        self.changed = lambda: None
-        self.row = w.HBox([self.box, self.slider], layout={"flex_flow": "row wrap"})
-
-    @property
-    def limit(self) -> float | None:
-        return self._limit
-
-    def show(self, limit: float | None, low: float, high: float, *, log: bool, open_high: bool, description: str | None = None) -> None:
-        """Set scale and limit without telling anybody."""
-        self._following = True
-        try:
-            if description is not None and self.box.description != description:
-                self.box.description = description
-            self.low, self.high, self.log, self.open_high = low, max(high, low * (1 + 1e-9) + 1e-12), log, open_high
-            self._limit = limit
-            self._shown = float(f"{(self._open if limit is None else limit):.4g}")
-            if self.box.value != self._shown:
-                self.box.value = self._shown
-            position = self._position(self._open if limit is None else limit)
-            if self.slider.value != position:
-                self.slider.value = position
-        finally:
-            self._following = False
-
-    @property
-    def _open(self) -> float:
-        """The slider's end that stands for no limit, rounded away so that nothing is cut off."""
-        return self.high if self.open_high else self.low
-
-    def _position(self, value: float) -> int:
-        value = min(max(value, self.low), self.high)
-        if self.log:
-            return round(_STEPS * np.log(max(value, self.low) / self.low) / np.log(self.high / self.low))
-        return round(_STEPS * (value - self.low) / (self.high - self.low))
-
-    def _value(self, position: int) -> float:
-        share = position / _STEPS
-        return self.low * (self.high / self.low) ** share if self.log else self.low + share * (self.high - self.low)
-
-    def _is_open(self, value: float) -> bool:
-        return value >= self.high * (1 - 5e-4) if self.open_high else value <= self.low
-
-    def _typed(self, change) -> None:
-        if self._following or change.new == self._shown:
-            return
-        self.show(None if self._is_open(change.new) else change.new, self.low, self.high, log=self.log, open_high=self.open_high)
-        self.changed()
-
-    def _slid(self, change) -> None:
-        if self._following:
-            return
-        at_open_end = change.new == (_STEPS if self.open_high else 0)
-        limit = None if at_open_end else float(f"{self._value(change.new):.4g}")
-        self.show(limit, self.low, self.high, log=self.log, open_high=self.open_high)
-        self.changed()
 
 
 class Explorer:
@@ -223,7 +136,7 @@ class Explorer:
                 wrapped(self.row, self.pin_a, self.pin_b, self.unpin),
                 self.verdict,
                 self.legend,
-                _Fit(),
+                Fit(),
                 self.figure,
                 self.layers_sentence,
                 w.HBox([w.Label("show"), self.panel], layout={"flex_flow": "row wrap"}),
@@ -579,7 +492,10 @@ class Explorer:
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The controls, the sentences, the figure, the tables; where no widget can be shown, the sentence."""
-        return self.box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        # a page that comes to know the figure only now gets the last change alone: plotly writes the whole into the widget when it is shown
+        # by itself, which a figure in a box never is
+        self.figure._repr_mimebundle_()
+        return frame(self.box)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         return f"A trade-off explorer of {len(self.sweep):,} configurations, which needs a running notebook. {self.told}"
@@ -587,11 +503,3 @@ class Explorer:
     def to_json(self) -> str:
         """The state as JSON: what the page without a kernel takes, too."""
         return json.dumps(json.loads(self.state.to_json()), indent=1)
-
-
-def open_sweep(path: str | None = None, **changes: Mapping) -> Explorer:
-    """An explorer with controls set: `Explorer(path)` and then `choose(**changes)`."""
-    explorer = Explorer(path)
-    if changes:
-        explorer.choose(**changes)
-    return explorer

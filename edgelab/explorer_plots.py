@@ -19,6 +19,7 @@ from plotly.subplots import make_subplots
 
 from edgelab import plots
 from edgelab.device import devices
+from edgelab.frame import PLOT
 from edgelab.sweep_table import Metric, Sweep
 from edgelab.tradeoff import State, View
 
@@ -177,7 +178,7 @@ class Picture:
         self.rows_of = {m: np.flatnonzero(sweep["model"] == m) for m in self.models}
         self.figure = figure_class(self._empty())
         if figure_class is go.FigureWidget:
-            self.figure._config = self.figure._config | {"responsive": True, "displaylogo": False}  # as wide as the page
+            self.figure._config = self.figure._config | PLOT
         by_name = {t.name: t for t in self.figure.data}
         self.points = {axis: {m: by_name[f"{axis} {m}"] for m in self.models} for axis in self.AXES}
         self.fronts, self.limits, self.marks = ({a: by_name[f"{what} {a}"] for a in self.AXES} for what in ("front", "limit", "marks"))
@@ -185,7 +186,7 @@ class Picture:
         self._sent: dict[tuple, object] = {}
 
     def _empty(self) -> go.Figure:
-        fig = make_subplots(2, 2, row_heights=[0.66, 0.34], horizontal_spacing=0.09, vertical_spacing=0.17)
+        fig = make_subplots(2, 2, row_heights=[0.66, 0.34], horizontal_spacing=0.09, vertical_spacing=0.13)
         bands = [[edge / 8, c] for i, c in enumerate(plots.OKABE_ITO) for edge in (i, i + 1)]
         label = self.sweep["label"]
         for col, axis in enumerate(self.AXES, 1):
@@ -207,7 +208,7 @@ class Picture:
                             textfont={"size": 13}, marker={"size": 15, "line": {"width": 2.5}},
                             hovertemplate="%{customdata}<extra></extra>")  # fmt: skip
         told = "%{text}<extra></extra>"
-        fig.add_bar(name="bytes", hovertemplate=told, row=2, col=1)
+        fig.add_bar(name="bytes", hovertemplate=told, textposition="none", row=2, col=1)
         fig.add_scatter(name="errors", mode="markers", marker_size=8, hovertemplate=told, row=2, col=2)
         fig.update_layout(
             template=plots.TEMPLATE, height=680, autosize=True, showlegend=False, barmode="overlay",

@@ -197,7 +197,7 @@ def table(rows: Iterable[Mapping[str, str]], caption: str) -> str:
         first, *rest = (row.get(c, "") for c in columns)
         body += f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(v)}</td>" for v in rest) + "</tr>"
     above = f'<caption style="text-align:left">{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-    inside = f'<table style="margin-left:0">{above}<tbody>{body}</tbody></table>'
+    inside = f'<table style="margin-left:0;line-height:1.35">{above}<tbody>{body}</tbody></table>'
     return f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}">{inside}</div>'
 
 

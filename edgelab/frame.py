@@ -48,6 +48,7 @@ export default { render };
 """.replace("CLASS", CLASS)
 
 _STYLE = f"""
+.{CLASS} svg[role=img] {{ max-width: 100%; height: auto; }}
 .{CLASS} :is(select, input, button, summary, [tabindex]):focus-visible {{
   outline: 2px solid var(--jp-brand-color1, #1976d2) !important; outline-offset: 1px;
 }}

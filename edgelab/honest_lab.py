@@ -100,9 +100,10 @@ def divergences(measured: Measured) -> list[dict[str, str]]:
     return [{"model": r.model, "KL divergence, nats/token": r.text(4)} for r in rows]
 
 
-def differences(measured: Measured, a: str, b: str) -> np.ndarray:
-    """Nats by which `b` needs more than `a`, per document: float64 [documents], all domains."""
-    return np.concatenate([measured.scores[b][d].nll - measured.scores[a][d].nll for d in measured.domains()])
+def differences(measured: Measured, a: str, b: str, domain: str) -> np.ndarray:
+    """Nats per token by which `b` needs more than `a`, per document of `domain`: float64 [documents]."""
+    one, two = (measured.scores[m][domain] for m in (a, b))
+    return (two.nll - one.nll) / one.tokens
 
 
 def luck(differences: np.ndarray, tries: Iterable[int] = (1, 5, 20, 100), *, trials: int = 2000, seed: int = 0) -> list[dict[str, str]]:

@@ -25,6 +25,8 @@ ORIGINS = [
     ("edge-dense/*", _TRAINED.format("dense"), "Apache-2.0"),
     ("edge-phone/*", "made from edge-moe by this project (python -m edgelab.phone)", "Apache-2.0"),
     ("studies/*", "measured by this project (python -m edgelab.studies)", "Apache-2.0"),
+    ("tables/*", "measured by this project (python -m edgelab.reproduce)", "Apache-2.0"),
+    ("sweep.parquet", "measured by this project (edgelab sweep)", "Apache-2.0"),
     ("README.md", "written by this project", "Apache-2.0"),
     ("devices.toml", "collected by this project; each number names its source", "Apache-2.0"),
     ("published.toml", "published measurements, collected by this project; each names its source", "Apache-2.0"),

@@ -26,29 +26,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from edgelab.report import machine
-from edgelab.sweep_run import METRICS, TEACHERS, VERSION, Bench, Protocol, bench, measure_configuration, run
-from edgelab.sweep_space import MODELS, Configuration, space
+from edgelab.sweep_space import METRICS, MODELS, TEACHERS, VERSION, Configuration, Protocol
 
-__all__ = [
-    "METRICS",
-    "Configuration",
-    "Protocol",
-    "Store",
-    "Tally",
-    "belonging",
-    "bench",
-    "export",
-    "jobs_of",
-    "measure_configuration",
-    "metadata",
-    "space",
-    "sweep",
-    "work_of",
-]
+if TYPE_CHECKING:
+    from edgelab.sweep_run import Bench  # torch, transformers; the engine and its store do without
 
 FILE = "sweep.sqlite"
 FORMAT = 1  # of the exported file
@@ -255,7 +241,7 @@ def schema():
     return pa.schema([pa.field(k, v) for k, v in (columns | {"provenance": text}).items()])
 
 
-def metadata(here: Bench) -> dict:
+def metadata(here: "Bench") -> dict:
     """What an exported sweep says of itself: protocol, text, originals, machine."""
     return {
         "format": FORMAT,
@@ -297,16 +283,18 @@ def export(store: Store, ids: Iterable[str], path: str | Path, about: Mapping) -
     return len(rows)
 
 
-def jobs_of(here: Bench, configurations: Iterable[Configuration]) -> dict[str, Configuration]:
+def jobs_of(here: "Bench", configurations: Iterable[Configuration]) -> dict[str, Configuration]:
     """{id: configuration}, in their order."""
     return {here.identify(c): c for c in configurations}
 
 
-def belonging(here: Bench, store: Store) -> dict[str, Configuration]:
+def belonging(here: "Bench", store: Store) -> dict[str, Configuration]:
     """{id: configuration} of the runs in `store` that this bench would give the same ids: its protocol, text, models and version."""
     return {i: c for i, c in store.configurations().items() if here.identify(c) == i}
 
 
 def work_of(protocol: Protocol) -> Work:
     """What a worker does with a configuration."""
+    from edgelab.sweep_run import run
+
     return partial(run, protocol=protocol)

@@ -22,9 +22,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,44 +38,13 @@ from edgelab.fit import _codes_of_block, round_weight
 from edgelab.manifest import sha256
 from edgelab.methods.coverage import Coverage
 from edgelab.model import Swapper, by_expert, dequantize, load, load_tokenizer, weights
-from edgelab.paths import data_dir
 from edgelab.recipe import Quantize, Recipe, Step
 from edgelab.runtime_steps import restore, steps_of
 from edgelab.shape import ModelShape, from_config
-from edgelab.sweep_space import Configuration
+from edgelab.sweep_space import ANSWERS, METRICS, TEACHERS, TEXT, VERSION, Configuration, Protocol
 
-VERSION = 1  # of what a row says: one more whenever the same configuration would give other figures
-TEACHERS = {"edge-phone": "edge-moe"}  # KL divergence is to the model's own original, but for a student
-TEXT, ANSWERS = ("prose", "code"), ("assistant", "arithmetic")
-METRICS = ("kld", "bits_per_byte", "em_assistant", "em_arithmetic")
 PROVENANCE = "measured at build"
 _KEPT = 6  # structures whose model and statistics a process keeps
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How all configurations of a sweep are measured.
-
-    `docs` (domain, how many documents); `longest`: tokens of one without an answer; `models`: the folder that holds the models, None
-    for the embedded ones.
-    """
-
-    docs: tuple[tuple[str, int], ...] = (("prose", 12), ("code", 12), ("assistant", 80), ("arithmetic", 100))
-    longest: int = 160
-    calibration_tokens: int = 8192
-    context: int = 512
-    resamples: int = 2000
-    seed: int = 0
-    models: str | None = None
-
-    def __post_init__(self) -> None:
-        missing = {*TEXT, *ANSWERS} - {domain for domain, n in self.docs if n >= 1}
-        if missing or len(self.docs) != len(TEXT + ANSWERS):
-            raise ValueError(f"docs={self.docs} must give at least one document of each of {', '.join(TEXT + ANSWERS)}")
-
-    @property
-    def folder(self) -> Path:
-        return data_dir() if self.models is None else Path(self.models)
 
 
 class _Recorded(nn.Module):

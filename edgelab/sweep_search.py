@@ -27,8 +27,7 @@ from tqdm.auto import tqdm
 from edgelab.device import predict
 from edgelab.shape import ModelShape
 from edgelab.sweep import Store, Work, _attempt
-from edgelab.sweep_run import Protocol
-from edgelab.sweep_space import ENDS, MODELS, Configuration
+from edgelab.sweep_space import ENDS, MODELS, Configuration, Protocol
 
 FILE = "search.sqlite"
 QUALITIES = ("kld", "exact")

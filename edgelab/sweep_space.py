@@ -16,13 +16,17 @@ among the others: every structure with a short list of schemes, six structures w
 it a sweep of its own: the three models and a few schemes first, then six structures in full, then the others without data, and at last
 what GPTQ and HQQ make of those.
 
+`Protocol` is what all configurations of a sweep have in common: the text and how it is read.
+
 A structure (experts, channels, top-k, zeros) is a prefix of the recipe: all schemes on it share what it costs.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
+from edgelab.paths import data_dir
 from edgelab.recipe import DropExperts, Gptq, Hqq, Method, Prune, PruneChannels, Quantize, Recipe, Route, Rtn, Step
 from edgelab.scheme import PerChannel, PerGroup, QuantScheme
 
@@ -47,7 +51,37 @@ METHODS: dict[str, Method | None] = {
 KEPT_BY = ("reap", "frequency")
 FP = "fp"
 ENDS = "int8-g32"
+VERSION = 1  # of what a row says: one more whenever the same configuration would give other figures
+TEACHERS = {"edge-phone": "edge-moe"}  # KL divergence is to the model's own original, but for a student
+TEXT, ANSWERS = ("prose", "code"), ("assistant", "arithmetic")
+METRICS = ("kld", "bits_per_byte", "em_assistant", "em_arithmetic")
 _MULTIPLE = 64  # channels that stay: groups of 64 still divide them
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How all configurations of a sweep are measured.
+
+    `docs` (domain, how many documents); `longest`: tokens of one without an answer; `models`: the folder that holds the models, None
+    for the embedded ones.
+    """
+
+    docs: tuple[tuple[str, int], ...] = (("prose", 12), ("code", 12), ("assistant", 80), ("arithmetic", 100))
+    longest: int = 160
+    calibration_tokens: int = 8192
+    context: int = 512
+    resamples: int = 2000
+    seed: int = 0
+    models: str | None = None
+
+    def __post_init__(self) -> None:
+        missing = {*TEXT, *ANSWERS} - {domain for domain, n in self.docs if n >= 1}
+        if missing or len(self.docs) != len(TEXT + ANSWERS):
+            raise ValueError(f"docs={self.docs} must give at least one document of each of {', '.join(TEXT + ANSWERS)}")
+
+    @property
+    def folder(self) -> Path:
+        return data_dir() if self.models is None else Path(self.models)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class TemperatureControl:
 
     def _slid(self, change) -> None:
         """The slider goes in steps of 5 %, the box says any number: they follow one another."""
-        if abs(math.log10(change.new / self.box.value)) > 0.005:
+        if abs(math.log10(change.new / self.box.value)) > 0.6 * self.slider.step:  # less is the slider, rounding what the box says
             self.box.value = round(change.new, 2)
 
     def choose(self, temperature: float) -> None:

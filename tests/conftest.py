@@ -65,3 +65,18 @@ def seeded():
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile`, but each notebook is a file of its own: all of them on one worker would outlast all other tests.
+
+    (`--dist loadgroup` would say the same with marks, but with pytest 9.2 xdist 3.8 puts no group behind a test's id.)
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileAndNotebook(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "::test_notebook_is_in_step_and_runs[" in nodeid else super()._split_scope(nodeid)
+
+    return ByFileAndNotebook(config, log) if config.getoption("dist") == "loadfile" else None

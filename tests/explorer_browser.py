@@ -88,11 +88,11 @@ def lab(folder: Path, *cells: str, width: int = 1280, height: int = 1000, dark: 
                     break
                 time.sleep(0.5)
             ready = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-            tab.wait_for_function(ready, timeout=120_000)
+            tab.wait_for_function(ready, timeout=300_000)
             tab.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
             tab.evaluate(WATCH)
             tab.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-            tab.wait_for_function("window.watchPlot()", timeout=180_000)
+            tab.wait_for_function("window.watchPlot()", timeout=600_000)
             yield tab, left
             browser.close()
     finally:

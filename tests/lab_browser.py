@@ -85,22 +85,21 @@ def _names(statement: ast.stmt) -> _Names:
 
 
 def widgets_of(notebook: NotebookNode) -> dict[str, int]:
-    """{class of a widget: position of the cell that shows it} of a notebook, in order. A cell shows what its last expression is, or
-    what it hands to `display`."""
-    found = {}
+    """{class of a widget: position of the first cell that shows it} of a notebook. A cell shows what its last expression is, or what it
+    hands to `display`."""
+    found, made = {}, {}
     for position, cell in enumerate(notebook.cells):
         if cell.cell_type != "code" or EXERCISES & set(cell.metadata.get("tags", [])):
             continue
-        made, tree = {}, ast.parse(cell.source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and (name := _called(node.value)):
-                made |= {target.id: name for target in node.targets if isinstance(target, ast.Name)}
-        for statement in tree.body:
+        for statement in ast.parse(cell.source).body:
             match statement:
-                case ast.Expr(value=ast.Name(id=shown)) | ast.Expr(value=ast.Call(args=[ast.Name(id=shown), *_])) if shown in made:
-                    found[made[shown]] = position
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    made[name] = _called(value) if isinstance(value, ast.Call) else None
+                case ast.Expr(value=ast.Name(id=shown)) | ast.Expr(value=ast.Call(func=ast.Name(id="display"), args=[ast.Name(id=shown)])):
+                    if made.get(shown):
+                        found.setdefault(made[shown], position)
                 case ast.Expr(value=ast.Call() as call) if name := _called(call):
-                    found[name] = position
+                    found.setdefault(name, position)
     return found
 
 
@@ -185,8 +184,7 @@ class Lab:
         """
         path = f"notebooks/{name}.ipynb"
         (self.folder / "notebooks").mkdir(exist_ok=True)
-        cells = [nbformat.v4.new_code_cell(EMPTY), *notebook.cells]
-        nbformat.write(nbformat.v4.new_notebook(metadata=notebook.metadata, cells=cells), self.folder / path)
+        nbformat.write(notebook, self.folder / path)
         self.tab.evaluate(
             "([path, id]) => { window.jupyterapp.commands.execute('docmanager:open', {path, kernel: id ? {id} : undefined}) }",
             [path, self.kernel],
@@ -205,10 +203,12 @@ class Lab:
         return opened
 
     def close(self) -> None:
-        """Closes every notebook, without asking."""
+        """Closes every notebook, without asking, after its kernel has let go of all widgets and names: the next one would find them."""
         self.tab.evaluate(
-            "(async () => { for (const w of [...window.jupyterapp.shell.widgets('main')]) {"
-            " if (w.context) { await w.context.save(); w.dispose(); } } })()"
+            "async code => { for (const w of [...window.jupyterapp.shell.widgets('main')]) if (w.context) {"
+            " await w.sessionContext?.session?.kernel?.requestExecute({code, silent: true}).done;"
+            " await w.context.save(); w.dispose(); } }",
+            EMPTY,
         )
 
     def look(self, theme: str, width: int) -> None:
@@ -233,6 +233,9 @@ def lab(folder: Path) -> Iterator[Lab]:
     places = {f"JUPYTER_{what}_DIR": str(folder / what.lower()) for what in ("CONFIG", "RUNTIME")}
     places |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
     places |= {"JUPYTER_PREFER_ENV_PATH": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # one: threads that wait for each other stall
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places | {"PYTHONPATH": path}, cwd=folder)
@@ -281,11 +284,12 @@ class Opened:
         return self.panel.locator(".jp-OutputArea-output:has(.jupyter-widgets)").last
 
     def cell_errors(self) -> list[str]:
-        """What cells say went wrong: errors, and whatever went to stderr."""
+        """What cells say went wrong. (Not all of stderr: a slow machine has the kernel complain of its own pipes there.)"""
         cells = self.tab.evaluate("window.jupyterapp.shell.currentWidget.content.model.toJSON().cells")
         outputs = [out for cell in cells for out in cell.get("outputs", [])]
         found = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
-        return found + ["".join(o["text"]) for o in outputs if o.get("name") == "stderr"]
+        told = ["".join(o["text"]) for o in outputs if o.get("name") == "stderr"]
+        return found + [text for text in told if "Traceback" in text or "Error" in text]
 
     def alerts(self) -> list[str]:
         return self.view.locator("[role=alert]").all_inner_texts()

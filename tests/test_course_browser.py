@@ -15,6 +15,7 @@ import lab_browser
 import nbformat
 import pytest
 
+from edgelab.frame import CLASS, frame
 from edgelab.scheme import QuantScheme
 
 NOTEBOOKS = lab_browser.ROOT / "notebooks"
@@ -23,7 +24,7 @@ STORED = sorted(NOTEBOOKS.glob("*.ipynb"))
 # What stands in for a notebook's own settings, so that a test is quick: the control is the same, it only holds less.
 SMALL = {
     "MatmulControl": {"tokens": "[1, 16]", "repeat": "2"},
-    "ThresholdControl": {"calibration_tokens": "2048"},
+    "ThresholdControl": {"calibration_tokens": "4096"},
     "StaircaseControl": {
         "calibration_tokens": "1024",
         "documents": '{"prose": 1, "code": 1, "assistant": 0, "arithmetic": 0}',
@@ -51,6 +52,7 @@ OPERATED = {  # {widget: the lesson that has it}
     "DeviceControl": "09",
     "GovernorControl": "09",
     "Chat": "09",
+    "Explorer": "10",
     "SubmitControl": "12",
 }
 
@@ -110,6 +112,15 @@ def test_a_cut_keeps_what_the_widget_needs_and_no_more():
         lab_browser.cut(notebook, "MatmulControl", {"k": "1"})
 
 
+def test_a_frame_holds_its_children_and_no_plot_in_it_offers_an_upload():
+    w, go = pytest.importorskip("ipywidgets"), pytest.importorskip("plotly.graph_objects")
+    figure, box = go.FigureWidget(), w.BoundedIntText(description="n")
+    framed = frame(w.HBox([box]), w.VBox([figure]))
+    assert framed.children[0].children == (box,) and framed.children[1].children == (figure,) and len(framed.children) == 3
+    assert CLASS in framed._dom_classes and figure._config["showSendToCloud"] is False and figure._config["responsive"] is True
+    assert f'closest(".{CLASS}")' in framed.children[2]._esm and "data-lm-suppress-shortcuts" in framed.children[2]._esm
+
+
 # ----------------------------------------------------------------------------------------------------------- with a browser
 
 
@@ -122,18 +133,23 @@ def lab(tmp_path_factory):
 
 
 @contextmanager
-def operated(lab, widget: str) -> Iterator[lab_browser.Opened]:
+def operated(lab, widget: str, **more: str) -> Iterator[lab_browser.Opened]:
     """The notebook of a widget, cut and open; and after it was operated a look for what must not be there."""
     lab.errors.clear()
     try:
-        it = lab.open(lab_browser.cut(lab_browser.read(OPERATED[widget]), widget, SMALL.get(widget, {})), f"{OPERATED[widget]}_{widget}")
+        notebook = lab_browser.cut(lab_browser.read(OPERATED[widget]), widget, SMALL.get(widget, {}) | more)
+        it = lab.open(notebook, f"{OPERATED[widget]}_{widget}")
         yield it
         photograph(it, widget)
-        unnamed = [role for role, name in it.controls() if not name]
-        assert unnamed == [], "controls that a screen reader has no name for"
-        assert it.alerts() == [] and it.cell_errors() == [] and lab.errors == []
-        assert at_800(it) == [], "cut off in a window of 800 pixels"
-        assert lab.left == [], "a request that was not for this machine"
+        found = {
+            "controls without a name": [role for role, name in it.controls() if not name],
+            "errors in the widget": it.alerts(),
+            "errors in cells": it.cell_errors(),
+            "errors in the browser": lab.errors,
+            "cut off in a window of 800 pixels": at_800(it),
+            "requests that were not for this machine": lab.left,
+        }
+        assert not any(found.values()), {what: things for what, things in found.items() if things}
     finally:
         lab.close()
 
@@ -488,6 +504,39 @@ def test_09_chat(lab):
         it.press("Space")
         it.view.get_by_text("A new conversation.").wait_for()
         assert log.inner_text().strip() == ""
+
+
+@in_a_browser
+def test_10_explorer(lab):
+    """Lightly: the explorer has tests of its own. What stands there must be what the same choices say without a browser."""
+    from sweeps import write
+
+    from edgelab.explorer import Explorer
+    from edgelab.tradeoff import PRESETS, State, Sweep
+
+    file = write(lab.folder / "sweep.parquet")
+    twin = Explorer(Sweep.read(file), State(metric="em_assistant", device="galaxy-s22"))
+
+    def told() -> str:
+        return " ".join(twin.told.split())
+
+    with operated(lab, "Explorer", sweep_file=repr(str(file))) as it:
+        before = it.until(told())
+        it.control("combobox", "question").select_option(PRESETS["keep95"].title)  # by mouse
+        twin.choose("keep95")
+        assert it.until(told()) != before
+        it.tab_to(it.control("spinbutton", "size at most, MB"))  # by keyboard alone
+        it.write("3")
+        twin.choose(size_limit=3e6)
+        it.until(told())
+        it.tab_to(it.control("combobox", "device"))
+        it.press("Home")
+        twin.choose(device=twin.device.options[0][1])
+        it.until(told())
+        it.tab_to(it.control("slider", "size at most, MB"))
+        it.press("End")
+        twin.choose(size_limit=None)
+        it.until(told())
 
 
 @in_a_browser

@@ -125,6 +125,7 @@ def opened(browser, written):
 
     def go(hash: str = "", *, path: Path = written, size: tuple[int, int] = (1280, 900), **context):
         contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}, accept_downloads=True, **context))
+        contexts[-1].set_default_timeout(120_000)  # a busy machine takes its time over five megabytes
         contexts[-1].route("**/*", decide)
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))
@@ -141,7 +142,8 @@ def opened(browser, written):
 
 def settled(tab):
     """After what waits until a slider rests."""
-    tab.wait_for_function("edgelab.resting()")
+    while not tab.evaluate("edgelab.resting()"):  # wait_for_function would need eval, which the page's policy forbids
+        tab.wait_for_timeout(40)
 
 
 def random_state(sweep: Sweep, rng: np.random.Generator) -> State:

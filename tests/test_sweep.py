@@ -1,7 +1,6 @@
 """Sweeps: a killed one ends like an unbroken one, no run twice, a row is a function of its configuration; and the stored sweep."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fake_runs import fake_id, fake_jobs, fake_row
 from typer.testing import CliRunner
 
 from edgelab import cli_sweep, sweep_run, sweep_space
@@ -30,39 +30,13 @@ from edgelab.paths import data_dir
 from edgelab.recipe import Gptq, Recipe, Rtn
 from edgelab.shape import ModelShape, from_folder, tiny
 from edgelab.sweep import Store, export, jobs_of, metadata, schema, sweep, work_of
-from edgelab.sweep_run import METRICS, Protocol, bench, measure_configuration
+from edgelab.sweep_run import bench, measure_configuration
 from edgelab.sweep_search import goals, propose, search
-from edgelab.sweep_space import Configuration, space, structures
+from edgelab.sweep_space import METRICS, Configuration, Protocol, space, structures
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = data_dir() / "sweep.parquet"
 SMALL = Protocol(docs=(("prose", 2), ("code", 2), ("assistant", 4), ("arithmetic", 4)), calibration_tokens=1024)
-
-
-def fake_id(c: Configuration) -> str:
-    return hashlib.sha256(c.to_json().encode()).hexdigest()[:12]
-
-
-def fake_row(c: Configuration) -> dict:
-    """A row of the whole schema that costs nothing and depends on the configuration alone."""
-    import hashlib  # a worker gets this function by value
-    import json
-    from dataclasses import asdict
-
-    from edgelab.shape import tiny
-
-    seed = int(hashlib.sha256(c.to_json().encode()).hexdigest()[:8], 16) / 16**8
-    row = {k: getattr(c, k) for k in ("label", "model", "method", "scheme", "bits", "group", "sparsity", "pattern", "experts", "top_k")}
-    row |= {"channels": c.channels, "kept_by": c.kept_by, "ends": c.ends, "recipe": c.recipe.to_json(), "size_bytes": int(1e6 * c.bits)}
-    for m in ("kld", "bits_per_byte", "em_assistant", "em_arithmetic"):
-        row |= {m: seed, f"{m}_low": seed / 2, f"{m}_high": (1 + seed) / 2}
-    row |= {"bits_per_weight": c.bits, "doc_kld": [seed], "doc_nll": [1.0], "doc_exact": [True], "layer_name": ["w"], "layer_bytes": [8]}
-    row |= {"layer_error": [None], "read_bytes": 1.0, "macs": 1.0, "kv_bytes": 1.0, "layers": 2, "hidden": 8}
-    return row | {"shape": json.dumps(asdict(tiny())), "seconds": 0.01, "provenance": "measured at build"}
-
-
-def fake_jobs(n: int) -> dict[str, Configuration]:
-    return {fake_id(c): c for c in space()[:n]}
 
 
 # --------------------------------------------------------------------------------------------------------------- the space
@@ -268,7 +242,7 @@ WORKER = textwrap.dedent(
     """
     import os, sys, time
     sys.path[:0] = [{tests!r}, {root!r}]
-    import test_sweep as t
+    import fake_runs as t
     from edgelab.sweep import Store, sweep
 
     folder, pause = sys.argv[1], float(sys.argv[2])
@@ -353,15 +327,15 @@ def test_two_processes_on_one_store_make_no_doubles(tmp_path):
 @pytest.mark.slow
 def test_processes_of_joblib_give_the_same_rows_and_a_dead_one_loses_nothing(tmp_path):
     jobs, flag = fake_jobs(40), tmp_path / "died"
-    victim, make, name = list(jobs)[11], by_value(fake_row), by_value(fake_id)
+    victim = list(jobs)[11]
 
     def work(c):
         import os
 
-        if name(c) == victim and not os.path.exists(flag):
+        if fake_id(c) == victim and not os.path.exists(flag):
             open(flag, "w").close()
             os._exit(9)
-        return make(c)
+        return fake_row(c)
 
     with Store(tmp_path / "many") as store:
         tally = sweep(jobs, store, work, workers=2, progress=False)
@@ -379,19 +353,11 @@ def test_workers_that_do_nothing_but_die_end_the_sweep_with_advice(tmp_path):
         sweep(fake_jobs(4), store, work, workers=2, progress=False)
 
 
-def by_value(function):
-    """A copy of `function` that other processes get with its code: they can't import this file."""
-    import types
-
-    spare = {"__builtins__": __builtins__, "hashlib": hashlib}
-    return types.FunctionType(function.__code__, spare, function.__name__)
-
-
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_loses_and_doubles_nothing(tmp_path):
     from distributed import Client, LocalCluster
 
-    jobs, make = fake_jobs(60), by_value(fake_row)
+    jobs = fake_jobs(60)
     pids = tmp_path / "pids"
     pids.mkdir()
 
@@ -401,7 +367,7 @@ def test_a_cluster_that_loses_a_worker_loses_and_doubles_nothing(tmp_path):
 
         open(os.path.join(pids, str(os.getpid())), "w").close()
         time.sleep(0.05)
-        return make(c)
+        return fake_row(c)
 
     def kill_one(folder: Path) -> None:
         while not (folder / "sweep.sqlite").exists() or kept(folder) < 10:
@@ -616,7 +582,7 @@ def test_a_row_says_what_the_model_is(real, six):
 @pytest.mark.slow
 def test_the_command_line_sweeps_and_says_where_it_is(tmp_path, monkeypatch, real, six):
     monkeypatch.setattr(sweep_run, "bench", lambda _: real)
-    monkeypatch.setattr("edgelab.sweep.space", lambda: SIX)
+    monkeypatch.setattr(sweep_space, "space", lambda: SIX)
     run = CliRunner()
     gone = run.invoke(cli_sweep.app, ["--store", str(tmp_path / "s"), "--status"])
     assert gone.exit_code == 2 and not (tmp_path / "s").exists()

@@ -1,5 +1,6 @@
 """The instructor's kit: minutes, plans, pages without loads, sums; the launcher's entries; the lists of versions that have to agree."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -240,14 +241,18 @@ def test_an_entry_opens_its_lesson_in_a_real_lab_without_a_network(tmp_path, mon
         pytest.skip(missing)
     pytest.importorskip("jupyter_app_launcher")
     monkeypatch.setenv("JUPYTER_APP_LAUNCHER_PATH", str(LAUNCHER))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}  # else a dialog asks for one
     for entry in entries():
-        path = entry["source"][0]["args"]["path"]
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# lesson {path}")]), tmp_path / path)
+        cells = [nbformat.v4.new_markdown_cell("# a lesson")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / entry["source"][0]["args"]["path"])
     with lab_browser.lab(tmp_path) as lab:
         (server,) = [p for p in psutil.Process().children() if "jupyterlab" in " ".join(p.cmdline())]
         for entry in entries():
             lab.tab.evaluate("window.jupyterapp.commands.execute('launcher:create')")
             card = lab.tab.locator(".jp-LauncherCard:visible", has_text=entry["title"]).first
+            if folder := os.environ.get("EDGELAB_SCREENSHOTS"):
+                card.wait_for()
+                lab.tab.screenshot(path=Path(folder) / "launcher.png")
             card.click()
             path = entry["source"][0]["args"]["path"]
             lab.tab.wait_for_function("path => window.jupyterapp.shell.currentWidget?.context?.path === path", arg=path)

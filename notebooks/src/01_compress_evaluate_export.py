@@ -163,8 +163,8 @@ assert report.get(model="int2", metric="kld", slice="prose").low > report.get(mo
 # %% [markdown]
 # **Explain.** Each bit less doubles the step between neighbouring values, and the squared error grows fourfold. KL
 # divergence asks about *every* token's whole distribution and so sees damage long before the answers change; exact
-# match says when it matters, and not for every skill alike: sums, learnt to perfection, hold out longer than
-# commands; *flips* counts answers that changed either way, which a plain average hides. *Router overlap* is
+# match says when it matters: in 4 bits hardly a command or a sum changed, though all distributions have moved;
+# *flips* counts answers that changed either way, which a plain average hides. *Router overlap* is
 # particular to MoE: a token that is sent to other experts meets other weights altogether.
 
 # %% [markdown]

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 04 · Quantize a model
 #
-# **Claim: how codes are *found* is worth bits. With calibration data, 3 bits do what rounding to nearest needs a third of a bit
-# more for; and a model with outliers, which plain 8-bit activations ruin, is cured by a change that leaves its function as it
+# **Claim: how codes are *found* is worth bits. With calibration data, 3 bits do what rounding to nearest needs a quarter of a
+# bit more for; and a model with outliers, which plain 8-bit activations ruin, is cured by a change that leaves its function as it
 # was.**
 #
 # After this notebook you can
@@ -15,7 +15,7 @@
 # 6. make a table of methods that a reviewer believes, with paired intervals.
 #
 # *Before you start*: [01](01_compress_evaluate_export.ipynb), for recipes and KL divergence; int8 activations from
-# [02](02_quantized_matmul.ipynb). *Takes* one to two minutes on two cores and 2 GB of memory. Every cell may be run again. Few documents
+# [02](02_quantized_matmul.ipynb). *Takes* a minute and a half on two cores and 2 GB of memory. Every cell may be run again. Few documents
 # are read, so that it is quick: intervals are wide, and figures move a little with the text of your Python installation.
 
 # %%
@@ -196,7 +196,7 @@ assert all(s.saved > 0 for s in saved if s.saved is not None)
 # **Look.** Each line asks: rounding to nearest, with groups of the same size, needs how many bits for the KL divergence that GPTQ
 # reaches with fewer? Between the measured points a straight line is drawn; beyond them nothing is claimed.
 #
-# **Answer.** Between a quarter and half a bit, on every stair.
+# **Answer.** A fifth to a third of a bit, on every stair.
 #
 # **Explain.** Saved bits are the fair unit: "40 % less KL divergence" sounds like more than it is, since a single bit more takes away some
 # three quarters. Groups of 128 save 3/8 of a bit of scales, and RTN pays for it with a coarser step: compare the lines.
@@ -228,7 +228,7 @@ display(HTML(control.told), HTML(control.html))
 
 # %% [markdown]
 # **Answer.** The larger one: a bit is worth more than a method. But methods are free at run time: GPTQ at 4 bits in groups of 128
-# is better than rounding to nearest in groups of 32, which takes 3/8 of a bit more.
+# does what rounding to nearest does in groups of 32, which takes 3/8 of a bit more.
 
 # %% [markdown]
 # ## 4. Mixed bits
@@ -258,7 +258,7 @@ assert mixture.points["gptq, mixed"].nbytes <= mixture.points["gptq, uniform"].n
 # %% [markdown]
 # **Look.** The first four lines of the upper table are the weights that lose most per byte, the last four those that lose least.
 #
-# **Answer.** Some ten per cent: less than a better method saves, but it comes on top.
+# **Answer.** Some twenty per cent: less than a better method saves, but it comes on top.
 #
 # **Explain.** Values (`v_proj`) and what writes into the hidden states (`down_proj`) are dear, queries cheap. Single losses nearly
 # add up (the line `Additivity`: predicted, and measured with all of them rounded), which is what makes the knapsack honest. The

@@ -39,7 +39,7 @@ from edgelab.surgery import keep_experts
 # %% tags=["parameters"]
 model_dir = str(data_dir() / "edge-moe")  # any folder with a mixture of experts of a known family
 domain_tokens = 2048  # of calibration text, per domain
-documents = {"prose": 4, "code": 4, "assistant": 12, "arithmetic": 24}  # of the test split
+documents = {"prose": 3, "code": 3, "assistant": 12, "arithmetic": 24}  # of the test split
 capacities = (2, 4, 8, 12, 16)  # experts in RAM, section 7
 seed = 0
 
@@ -220,7 +220,7 @@ plots.show_rows(lab.outcome_rows(merging))
 
 # %%
 uniform = QuantScheme.parse("int2-g32")
-rules, nearest = (("@experts", uniform),), Rtn(mse_grid=24)
+rules, nearest = (("@experts", uniform),), Rtn(mse_grid=12)
 under = {"method": nearest, "budget": 2.5, "choices": ("int2-g64", "int2-g32", "int3-g64", "int4-g32")}
 plans = {
     "uniform": Quantize(rules, method=nearest),
