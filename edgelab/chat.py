@@ -259,7 +259,8 @@ class Chat:
         )
         self.remember = w.Checkbox(remember, description="remember what was said", indent=False, layout={"width": "16em"})
         self.transcript, self.writing, self.status = w.HTML(), w.HTML(), w.HTML()
-        self.numbers = w.HTML()
+        self.numbers = w.HTML(layout={"display": "none", "max_width": "100%", "overflow": "auto"})
+        self.count_button = w.ToggleButton(False, description="What the monitor counted", layout={"width": "16em"})
         self._draw()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # no other event of this box tells Enter from a click elsewhere
@@ -270,6 +271,7 @@ class Chat:
         self.new_button.on_click(lambda _: self.new())
         self.right_button.on_click(lambda _: self._judge(True))
         self.wrong_button.on_click(lambda _: self._judge(False))
+        self.count_button.observe(lambda change: setattr(self.numbers.layout, "display", None if change.new else "none"), "value")
 
     # ----------------------------------------------------------------------------------------------------------- by hand
 
@@ -415,8 +417,8 @@ class Chat:
         rows = [w.HBox([self.text, self.send_button, self.stop_button, self.new_button], layout={"flex_flow": "row wrap"})]
         rows.append(w.HBox([self.temperature, self.top_p, self.most, self.remember], layout={"flex_flow": "row wrap"}))
         judged = w.HBox([w.Label("the last answer is"), self.right_button, self.wrong_button])
-        counted = w.Accordion([self.numbers], titles=("What the monitor counted",), selected_index=None)
-        return frame(scrolled, *rows, self.status, judged, counted)._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        box = frame(scrolled, *rows, self.status, judged, self.count_button, self.numbers)
+        return box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         if not self.turns:

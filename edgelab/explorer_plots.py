@@ -178,7 +178,8 @@ class Picture:
         self.rows_of = {m: np.flatnonzero(sweep["model"] == m) for m in self.models}
         self.figure = figure_class(self._empty())
         if figure_class is go.FigureWidget:
-            self.figure._config = self.figure._config | PLOT
+            # one pixel per pixel: plotly's default of two by two is four times the work, which without a GPU falls to the processor
+            self.figure._config = self.figure._config | PLOT | {"plotGlPixelRatio": 1}
         by_name = {t.name: t for t in self.figure.data}
         self.points = {axis: {m: by_name[f"{axis} {m}"] for m in self.models} for axis in self.AXES}
         self.fronts, self.limits, self.marks = ({a: by_name[f"{what} {a}"] for a in self.AXES} for what in ("front", "limit", "marks"))

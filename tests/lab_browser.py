@@ -391,6 +391,14 @@ class Opened:
         except TimeoutError:
             raise AssertionError(f"waited for {texts}; there is {self.view.locator(selector).all_inner_texts()}") from None
 
+    def another(self, sentence: str) -> str:
+        """The sentence as soon as it is another one than that, and no error."""
+        until = time.monotonic() + PATIENCE_MS / 1e3
+        while (now := self.sentence()) == sentence:
+            assert time.monotonic() < until, f"nothing changed; it still says {sentence}"
+            self.tab.wait_for_timeout(100)
+        return now
+
     def cut_off(self) -> list[str]:
         """What sticks out of the cell to the right: controls, sentence, plot, and tables that can't be scrolled."""
         return self.view.evaluate(

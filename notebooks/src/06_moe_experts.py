@@ -14,7 +14,7 @@
 # 5. change the number of experts per token at run time, and judge articles about it,
 # 6. say how many bytes per token come from the disk when not all experts fit into RAM, and what bounds that.
 #
-# *Before you start*: [01](01_compress_evaluate_export.ipynb) for recipes, KL divergence ("KLD") and exact match. *Takes* about two minutes
+# *Before you start*: [01](01_compress_evaluate_export.ipynb) for recipes, KL divergence ("KLD") and exact match. *Takes* about a minute
 # on two cores and 2 GB of memory. Every cell may be run again. Few documents are read, so that it is quick: intervals are wide.
 
 # %%

@@ -12,7 +12,7 @@
 # 4. explain the straight-through estimator and LSQ's step gradient,
 # 5. choose what learns on top of frozen codes: adapters, or the scales alone.
 #
-# *Before you start*: [04](04_quantize_a_model.ipynb) and [06](06_moe_experts.ipynb). *Takes* about two minutes on two cores and 2 GB
+# *Before you start*: [04](04_quantize_a_model.ipynb) and [06](06_moe_experts.ipynb). *Takes* about a minute on two cores and 2 GB
 # of memory: the runs here are short. Tables marked **measured at build** come from longer runs of the same functions
 # (`python -m edgelab.studies`).
 

@@ -14,7 +14,7 @@
 # 6. start a model from a map, and swap it under a running answer,
 # 7. open the model in a browser, from which nothing leaves.
 #
-# *Before you start*: [01](01_compress_evaluate_export.ipynb) for bundles, KL divergence ("KLD") and ONNX. *Takes* some three minutes on two
+# *Before you start*: [01](01_compress_evaluate_export.ipynb) for bundles, KL divergence ("KLD") and ONNX. *Takes* about a minute on two
 # cores; 1.3 GB of memory in this kernel, and as much again beside it while Chromium checks the page. Every cell may be run again. What is
 # not installed (llama.cpp, Chromium) is left out and said so.
 
