@@ -160,10 +160,10 @@ class Explorer:
         self.pin_a.on_click(lambda _: self._try(lambda: self.pin("A")))
         self.pin_b.on_click(lambda _: self._try(lambda: self.pin("B")))
         self.unpin.on_click(lambda _: self._try(lambda: self.choose(pin_a="", pin_b="")))
-        for by_model in self.picture.points.values():
-            for model, trace in by_model.items():
-                trace.on_click(lambda _, points, __, model=model: self._clicked(model, points.point_inds))
-                trace.on_selection(lambda trace, points, __, model=model: self._selected(model, points.point_inds))
+        for traces in self.picture.points.values():
+            for k, trace in enumerate(traces):
+                trace.on_click(lambda _, points, __, k=k: self._clicked(k, points.point_inds))
+                trace.on_selection(lambda _, points, __, k=k: self._selected(k, points.point_inds))
                 trace.on_deselect(lambda *_: self._brush(None))
 
     @contextmanager
@@ -294,15 +294,15 @@ class Explorer:
             self._try(lambda: self._show(replace(self.state, quality_limit=None)))
             self._changed()
 
-    def _clicked(self, model: str, indices) -> None:
+    def _clicked(self, k: int, indices) -> None:
         if indices and not self._busy:
-            self._try(lambda: self.choose(chosen=int(self.picture.rows_of[model][indices[0]])))
+            self._try(lambda: self.choose(chosen=int(self.picture.rows_of[k][indices[0]])))
 
-    def _selected(self, model: str, indices) -> None:
+    def _selected(self, k: int, indices) -> None:
         """plotly tells of each trace apart: those of the same brush come one after another."""
         brushed = np.zeros(len(self.sweep), bool) if self.brushed is None else self.brushed.copy()
-        of = self.picture.rows_of[model]
-        brushed[of] = False
+        of = self.picture.rows_of[k]
+        brushed[of[self.picture.drawn(k)]] = False
         brushed[of[list(indices)]] = True
         self._brush(brushed)
 
@@ -353,10 +353,10 @@ class Explorer:
                 with self._quietly():
                     self.preset.value = ""
             self.view = tradeoff.view(self.sweep, state)
+            self._draw()
             with self._quietly():
                 self._scales(state)
                 self._offer(self.view, state.chosen)
-            self._draw()
             self.error = None
         except Exception as error:  # whatever it is, the reader sees it: a widget's traceback would vanish in a log
             self._fail(error)
@@ -378,8 +378,9 @@ class Explorer:
     def _draw(self) -> None:
         view, row = self.view, self.chosen
         coloured = colours(self.sweep, self.colour.value)
-        self.rivals = tradeoff.rivals(self.sweep, view.best, view.inside, view.state.metric) if view.best is not None else np.zeros(0, int)
-        self.picture.update(view, coloured, self._marks(), row, self.brushed)
+        self.picture.update(view, coloured, self._marks(), row, self.brushed)  # first: it is what takes the page longest
+        among = view.inside if view.best is not None else None
+        self.rivals = np.zeros(0, int) if among is None else tradeoff.rivals(self.sweep, view.best, among, view.state.metric)
         self.sentence.value = say.said(say.found_said(self.sweep, view, self.rivals))
         self.legend.value = self._legend(coloured)
         self._tell_brush()
@@ -428,9 +429,8 @@ class Explorer:
 
     def _legend(self, coloured) -> str:
         parts = [f"<b>{escape(FILTER_NAMES.get(coloured.column, coloured.column))}</b>"]
-        parts += [say.dot(plots.OKABE_ITO[i], n) for i, n in enumerate(coloured.names)]
-        parts += ["<b>model</b>", *(f"{say.SIGNS[SYMBOLS[i % len(SYMBOLS)]]} {escape(m)}" for i, m in enumerate(self.picture.models))]
-        return say.legend([*parts, "line: the front; dotted: budgets; faint: outside of the budgets"])
+        parts += [f"{say.SIGNS[SYMBOLS[i % len(SYMBOLS)]]} {say.dot(plots.OKABE_ITO[i], n)}" for i, n in enumerate(coloured.names)]
+        return say.legend([*parts, "line: the front; dotted: budgets; grey: outside of the budgets"])
 
     def _tell_brush(self) -> None:
         if self.mode.value != "brush" and self.brushed is None:

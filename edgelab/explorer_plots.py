@@ -1,9 +1,10 @@
 """The explorer's figure: quality against size, quality against latency, and the chosen row's bytes and errors, layer by layer.
 
 Made once, then only fed: `Picture.update` hands plotly the arrays that changed and nothing else, in one message. The 3,000 points are
-drawn by WebGL, a trace per model and axis (its symbol), coloured by any column (Okabe and Ito's colours); what is outside of the budgets
-is faint, what the filters drop is not there. Everything that changes its shape lies in few small traces: the front, the budgets, the
-marks of what is chosen, pinned or measured here, the layers. So a change of a budget sends two arrays of opacity, and no x or y.
+drawn by WebGL, a trace per colour and axis for what lies within the budgets (its own symbol too, so that nothing depends on colour alone),
+and one faint trace for the rest. A row has a place in both and is NaN in one: a budget moves rows from trace to trace, and colour, symbol
+and opacity stay one value per trace. Arrays of colours would be parsed point by point at every redraw, which took longer than drawing.
+What changes its shape lies in few small traces: the front, the budgets, the marks of what is chosen, pinned or measured here, the layers.
 
 Shares are drawn in per cent, bytes in MB of 10^6. A KL divergence of 0, the original's to itself, has no place on a logarithmic axis: it
 is drawn at the axis' lower edge, and the sentence beside the figure says its value.
@@ -25,7 +26,8 @@ from edgelab.tradeoff import State, View
 
 COLOURED_BY = ("method", "bits", "experts", "sparsity", "top_k", "group", "channels", "model")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
-FAINT = 0.12
+FAINT = 0.16
+SLOTS = len(plots.OKABE_ITO)  # colours, and traces of points within the budgets
 # what a weight is for, told by its name; the first that matches
 ROLES = (
     ("embedding, head", r"embed_tokens|lm_head|wte|wpe"),
@@ -110,7 +112,7 @@ def colours(sweep: Sweep, column: str) -> Colours:
     if column not in COLOURED_BY:
         raise ValueError(f"colour by {column!r} is not offered; use one of {', '.join(COLOURED_BY)}")
     values = sweep.values(column)
-    most = len(plots.OKABE_ITO)
+    most = SLOTS
     place = {v: min(i, most - 1) for i, v in enumerate(values)}
     names = [said(column, v) for v in values[:most]]
     if len(values) > most:
@@ -165,9 +167,10 @@ def stairs(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Picture:
-    """The figure and what it last showed. `figure`: a FigureWidget (or a Figure for tests); `points[axis][model]`: the traces.
+    """The figure and what it last showed. `figure`: a FigureWidget (or a Figure for tests).
 
-    `rows_of[model]`: the row of the sweep behind each of a trace's points.
+    `points[axis]`: its traces of points, one per colour and at last the one of what is outside of the budgets; `rows_of[k]`: the row of the
+    sweep behind each point of trace k.
     """
 
     AXES = ("size", "latency")
@@ -175,33 +178,38 @@ class Picture:
     def __init__(self, sweep: Sweep, figure_class=go.FigureWidget) -> None:
         self.sweep = sweep
         self.models = tuple(sweep.values("model"))
-        self.rows_of = {m: np.flatnonzero(sweep["model"] == m) for m in self.models}
+        every = np.arange(len(sweep))
+        self.rows_of: list[np.ndarray] = [every[:0]] * SLOTS + [every]
+        self.inside = np.zeros(len(sweep), bool)
+        self._coloured = ""
         self.figure = figure_class(self._empty())
         if figure_class is go.FigureWidget:
             # one pixel per pixel: plotly's default of two by two is four times the work, which without a GPU falls to the processor
             self.figure._config = self.figure._config | PLOT | {"plotGlPixelRatio": 1}
         by_name = {t.name: t for t in self.figure.data}
-        self.points = {axis: {m: by_name[f"{axis} {m}"] for m in self.models} for axis in self.AXES}
+        self.points = {axis: [by_name[f"{axis} {k}"] for k in range(SLOTS + 1)] for axis in self.AXES}
         self.fronts, self.limits, self.marks = ({a: by_name[f"{what} {a}"] for a in self.AXES} for what in ("front", "limit", "marks"))
         self.bars, self.errors = by_name["bytes"], by_name["errors"]
         self._sent: dict[tuple, object] = {}
 
     def _empty(self) -> go.Figure:
         fig = make_subplots(2, 2, row_heights=[0.66, 0.34], horizontal_spacing=0.09, vertical_spacing=0.13)
-        bands = [[edge / 8, c] for i, c in enumerate(plots.OKABE_ITO) for edge in (i, i + 1)]
         label = self.sweep["label"]
         for col, axis in enumerate(self.AXES, 1):
             about = {"size": "%{x:.3f} MB, measured at build", "latency": "%{x:.4g} ms per token, modelled"}[axis]
-            for i, model in enumerate(self.models):
-                fig.add_trace(
-                    go.Scattergl(
-                        name=f"{axis} {model}", mode="markers", text=label[self.rows_of[model]],
-                        marker={"size": 7, "symbol": SYMBOLS[i % len(SYMBOLS)], "colorscale": bands, "cmin": -0.5, "cmax": 7.5},
-                        hovertemplate="%{text}<br>" + about + "<br>quality %{y:.4g}, measured at build<extra></extra>",
-                        unselected={"marker": {"opacity": FAINT}},
-                    ),
-                    row=1, col=col,
+            for k in range(SLOTS + 1):
+                out = k == SLOTS
+                style = {
+                    "size": 5 if out else 7,
+                    "symbol": "circle" if out else SYMBOLS[k % len(SYMBOLS)],
+                    "opacity": FAINT if out else 0.85,
+                }
+                trace = go.Scattergl(
+                    name=f"{axis} {k}", mode="markers", marker=style | {"color": plots.INK if out else plots.OKABE_ITO[k]}, visible=out,
+                    hovertemplate="%{text}<br>" + about + "<br>quality %{y:.4g}, measured at build<extra></extra>",
+                    unselected={"marker": {"opacity": FAINT}}, text=label if out else None,
                 )  # fmt: skip
+                fig.add_trace(trace, row=1, col=col)
             fig.add_scatter(name=f"limit {axis}", mode="lines", line={"color": plots.INK, "dash": "dot", "width": 1.5}, hoverinfo="skip",
                             row=1, col=col)  # fmt: skip
             fig.add_scatter(name=f"front {axis}", mode="lines", line={"color": plots.INK, "width": 2}, hoverinfo="skip", row=1, col=col)
@@ -254,19 +262,23 @@ class Picture:
             floor = float(positive.min()) / 2 if len(positive) else 1e-6
             y = np.maximum(y, floor)
         shown = np.where(view.rows, y, np.nan)
-        opacity = np.where(view.inside, 0.85, FAINT)
         xs = {"size": self.sweep["size_bytes"] / 1e6, "latency": view.latency.value}
         fronts = {"size": view.front_size, "latency": view.front_latency}
         s, layout = view.state, self.figure.layout
+        self.inside, recoloured = view.inside, coloured.column != self._coloured
+        if recoloured:
+            self._coloured = coloured.column
+            self.rows_of[:SLOTS] = [np.flatnonzero(coloured.index == k) for k in range(SLOTS)]
         with self.figure.batch_update():
             for axis in self.AXES:
                 x = xs[axis]
-                for model, trace in self.points[axis].items():
-                    of = self.rows_of[model]
+                for k, trace in enumerate(self.points[axis]):
+                    of = self.rows_of[k]
+                    if recoloured and k < SLOTS:
+                        self._put(trace, "visible", bool(len(of)))
+                        self._put(trace, "text", self.sweep["label"][of])
                     self._put(trace, "x", x[of].astype(np.float32))
-                    self._put(trace, "y", shown[of].astype(np.float32))
-                    self._put(trace.marker, "color", coloured.index[of].astype(np.uint8))
-                    self._put(trace.marker, "opacity", opacity[of].astype(np.float32))
+                    self._put(trace, "y", np.where(self.drawn(k), shown[of], np.nan).astype(np.float32))
                     self._put(trace, "selectedpoints", None if brushed is None else tuple(np.flatnonzero(brushed[of]).tolist()))
                 on = fronts[axis]
                 line = stairs(x[on], y[on])
@@ -277,6 +289,10 @@ class Picture:
                 self._mark(axis, marks, log, floor if log else 0.0, scale(m))
             if chosen is not None:
                 self._layers(chosen)
+
+    def drawn(self, k: int) -> np.ndarray:
+        """Which points of trace k are its own to draw: those within the budgets, or for the last trace those outside. bool [points]"""
+        return self.inside[self.rows_of[k]] == (k < SLOTS)
 
     def _axes(self, layout, view: View, shown: np.ndarray, log: bool) -> dict[str, tuple[float, float]]:
         """Sets types, titles and ranges; what the axes span, in data: {"quality", "size", "latency"}."""

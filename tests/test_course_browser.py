@@ -28,8 +28,8 @@ SMALL = {
     "StaircaseControl": {
         "calibration_tokens": "1024",
         "documents": '{"prose": 1, "code": 1, "assistant": 0, "arithmetic": 0}',
-        "recipes": '{"gptq": Recipe.body("int4-g32", method="gptq")}',
-        "tried": '["int4-g32", "int3-g32", "int4-g128"]',
+        "recipes": '{"rtn": Recipe.body("int4-g32"), "gptq": Recipe.body("int4-g32", method="gptq")}',
+        "tried": 'dict.fromkeys(("rtn", "gptq"), ("int4-g32", "int3-g32", "int4-g128"))',
     },
     "ZerosControl": {
         "calibration_tokens": "1024",

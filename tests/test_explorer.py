@@ -38,13 +38,18 @@ def explorer(sweep):
 
 
 def drawn(e: Explorer, axis: str = "size") -> dict[str, np.ndarray]:
-    """What the figure holds of all rows, in the sweep's order: x, y, opacity."""
-    found = {k: np.full(len(e.sweep), np.nan) for k in ("x", "y", "opacity", "color")}
-    for model, trace in e.picture.points[axis].items():
-        of = e.picture.rows_of[model]
-        found["x"][of], found["y"][of] = trace.x, trace.y
-        found["opacity"][of], found["color"][of] = trace.marker.opacity, trace.marker.color
+    """What the figure holds of all rows, in the sweep's order: x, y, in which trace (the last one: outside of the budgets)."""
+    found = {k: np.full(len(e.sweep), np.nan) for k in ("x", "y", "trace")}
+    for k, trace in enumerate(e.picture.points[axis]):
+        if trace.visible is not False:
+            of, shown = e.picture.rows_of[k], np.isfinite(trace.y)
+            assert np.isnan(found["y"][of[shown]]).all(), "a row is drawn twice"
+            found["x"][of[shown]], found["y"][of[shown]], found["trace"][of[shown]] = trace.x[shown], trace.y[shown], k
     return found
+
+
+def last(e: Explorer) -> int:
+    return len(e.picture.points["size"]) - 1
 
 
 # ------------------------------------------------------------------------------------------------------------- controls
@@ -53,9 +58,12 @@ def drawn(e: Explorer, axis: str = "size") -> dict[str, np.ndarray]:
 def test_the_figure_shows_the_view(explorer, sweep):
     d, v = drawn(explorer), explorer.view
     assert d["x"] == pytest.approx(sweep["size_bytes"] / 1e6, rel=1e-6) and d["y"] == pytest.approx(100 * sweep["em_assistant"], rel=1e-5)
-    assert ((d["opacity"] > 0.5) == v.inside).all() and 0 < v.inside.sum() < len(sweep), "what is outside of the budgets is faint"
+    assert ((d["trace"] < last(explorer)) == v.inside).all() and 0 < v.inside.sum() < len(sweep), "what is outside of the budgets is faint"
+    assert explorer.picture.points["size"][-1].marker.opacity < 0.3 < explorer.picture.points["size"][0].marker.opacity
     assert drawn(explorer, "latency")["x"] == pytest.approx(v.latency.value, rel=1e-6)
-    assert explorer.view.state == explorer.state and sum(isinstance(t, go.Scattergl) for t in explorer.figure.data) == 6
+    assert explorer.view.state == explorer.state and sum(isinstance(t, go.Scattergl) and t.visible for t in explorer.figure.data) == 2 * (
+        6 + 1
+    )
     marks = explorer.picture.marks["size"]
     assert list(marks.text) == ["best", ""] and marks.x[0] == pytest.approx(sweep["size_bytes"][v.best] / 1e6)
     front = explorer.picture.fronts["size"]
@@ -87,7 +95,7 @@ def test_each_control_changes_what_it_must(explorer, change, differs):
     assert explorer.error is None and after is explorer.view and differs(before, after) and explorer.sentence.value != told
     d = drawn(explorer)
     shown = np.isfinite(d["y"])
-    assert (shown == after.rows).all() and ((d["opacity"] > 0.5) == after.inside).all()
+    assert (shown == after.rows).all() and ((d["trace"][shown] < last(explorer)) == after.inside[shown]).all()
     for name, value in change.items():
         if name != "filters":
             assert getattr(explorer.state, name) == value
@@ -105,7 +113,11 @@ def test_controls_by_hand_do_what_choose_does(explorer, sweep):
     explorer.clear_filters.click()
     assert explorer.state.filters == () and set(sweep["bits"][explorer.view.rows]) > {4.0}
     explorer.colour.value = "model"
-    assert len(set(drawn(explorer)["color"])) == 3 and "edge-phone" in explorer.legend.value
+    inside = explorer.view.inside & explorer.view.rows
+    assert len(set(drawn(explorer)["trace"][inside])) == len(set(sweep["model"][inside])) == 2 and "edge-phone" in explorer.legend.value
+    assert [list(explorer.picture.points["size"][k].text) == list(sweep["label"][explorer.picture.rows_of[k]]) for k in range(3)] == [
+        True
+    ] * 3
     explorer.show_filters.value = True
     assert explorer.filter_box.layout.display == "flex"
     explorer.size_budget.box.value = 2.0
@@ -193,8 +205,8 @@ def test_nothing_within_the_budgets_is_said_and_loosened(explorer):
 
 
 def test_a_click_chooses_and_the_list_does_too(explorer, sweep):
-    explorer._clicked("edge-moe", [3])
-    row = int(explorer.picture.rows_of["edge-moe"][3])
+    explorer._clicked(2, [3])
+    row = int(explorer.picture.rows_of[2][3])
     assert explorer.chosen == row and explorer.row.value == sweep["id"][row] and sweep["label"][row] in explorer.layers_sentence.value
     held = explorer_plots.layers_of(sweep, row)
     assert sum(explorer.picture.bars.y) == pytest.approx(sum(sweep.layer(row)["bytes"]) / 1e6)
@@ -231,17 +243,20 @@ def test_brushing_links_both_plots_and_says_what_was_brushed(explorer, sweep):
     assert explorer.figure.layout.hovermode == "closest" and explorer.brush_sentence.value == ""
     explorer.mode.value = "brush"
     assert explorer.figure.layout.hovermode is False and explorer.figure.layout.dragmode == "select"
-    explorer._selected("edge-moe", [0, 1, 2])
-    explorer._selected("edge-dense", [4])
-    rows = [*explorer.picture.rows_of["edge-moe"][:3], explorer.picture.rows_of["edge-dense"][4]]
+    p = explorer.picture
+    some, out = np.flatnonzero(p.drawn(2))[:3].tolist(), int(np.flatnonzero(p.drawn(last(explorer)))[4])
+    explorer._selected(2, some)
+    explorer._selected(last(explorer), [out])
+    rows = [*p.rows_of[2][some].tolist(), out]
     assert np.flatnonzero(explorer.brushed).tolist() == sorted(rows) and "Brushed: 4 rows" in explorer.brush_sentence.value
     for axis in ("size", "latency"):
-        assert explorer.picture.points[axis]["edge-moe"].selectedpoints == (0, 1, 2)
-        assert explorer.picture.points[axis]["edge-phone"].selectedpoints == ()
+        assert list(p.points[axis][2].selectedpoints) == some and p.points[axis][3].selectedpoints == ()
+    explorer._selected(2, some[:1])
+    assert explorer.brushed.sum() == 2, "what a trace tells replaces what it told before"
     explorer.brush(sweep["size_bytes"] < 2e6)
     assert f"{(sweep['size_bytes'] < 2e6).sum():,} rows" in explorer.brush_sentence.value
     explorer.mode.value = "inspect"
-    assert explorer.brushed is None and explorer.picture.points["size"]["edge-moe"].selectedpoints is None
+    assert explorer.brushed is None and explorer.picture.points["size"][2].selectedpoints is None
     assert explorer.figure.layout.hovermode == "closest"
 
 
@@ -290,8 +305,11 @@ def test_a_control_sends_only_what_changed(explorer, monkeypatch):
 
     monkeypatch.setattr(explorer_plots.Picture, "_put", watched)
     explorer.choose(size_limit=2.2e6)
-    assert "opacity" in put and "range" not in put and put.count("x") <= 6 and "selectedpoints" not in put
-    assert put.count("y") <= 6, "no point moved: x and y are those of front, limits, marks and layers alone"
+    traces = 2 * (6 + 1)  # of points: y alone, rows go from trace to trace
+    assert not {"range", "selectedpoints", "visible", "tickvals", "type"} & set(put)
+    assert put.count("x") <= 6 and traces - 4 <= put.count("y") <= traces + 6, (
+        "no point moved: other x are those of front, limits, marks, layers"
+    )
 
 
 def test_static_figures_are_small_and_an_explorer_tells_itself(explorer):
@@ -304,7 +322,7 @@ def test_static_figures_are_small_and_an_explorer_tells_itself(explorer):
         assert "best" in [t.name for t in f.data] and len(to_svg(f, describe=explorer.told)) < 40_000
     explorer._repr_mimebundle_()  # shown after it was changed: the widget's own state has to hold all of it
     sent = {t["name"]: t for t in explorer.figure._widget_data}
-    assert all(len(sent[f"size {m}"]["x"]) == len(explorer.picture.rows_of[m]) for m in explorer.picture.models)
+    assert all(len(sent[f"size {k}"].get("x", ())) == len(of) for k, of in enumerate(explorer.picture.rows_of))
     assert explorer.told in repr(explorer) and State.from_json(explorer.to_json()) == explorer.state
     bundle = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"] == repr(explorer)
@@ -458,7 +476,7 @@ def changed(tab, act) -> str:
 def test_in_jupyterlab_by_mouse(page):
     tab, left = page
     points = "document.querySelector('.js-plotly-plot').data.filter(t => t.type === 'scattergl').map(t => t.x?.length ?? 0)"
-    assert sum(tab.evaluate(points)) == 2 * 300, "changed before it was shown, and the page knows the last change alone"
+    assert sum(tab.evaluate(points)) == 2 * 2 * 300, "changed before it was shown, and the page knows the last change alone"
     told = changed(tab, lambda: tab.get_by_label("find the", exact=True).select_option(label="smallest"))
     assert told.startswith("Smallest:")
     told = changed(tab, lambda: tab.get_by_label("quality", exact=True).select_option(label="KL divergence, prose and code"))
@@ -468,12 +486,13 @@ def test_in_jupyterlab_by_mouse(page):
     told = changed(tab, lambda: tab.get_by_label("question", exact=True).select_option(label="smallest that keeps 95 % of exact match"))
     assert "exact match, assistant at least" in told
     box = tab.get_by_role("spinbutton", name="size at most, MB")
-    told = changed(tab, lambda: (box.fill("2"), box.press("Tab")))
-    assert "at most 2.00 MB" in told or "Nothing lies within" in told
+    told = changed(tab, lambda: (box.fill("12"), box.press("Tab")))
+    assert "at most 12.00 MB" in told and "Nothing" not in told
     tab.get_by_role("button", name="pin as A").click()
     tab.wait_for_function("[...document.querySelectorAll('p')].some(p => p.innerText.includes('pin another as B'))")
     spot = tab.evaluate(
-        "(() => { const gd = document.querySelector('.js-plotly-plot'), l = gd._fullLayout, r = gd.getBoundingClientRect(), t = gd.data[1];"
+        "(() => { const gd = document.querySelector('.js-plotly-plot'), l = gd._fullLayout, r = gd.getBoundingClientRect();"
+        " const t = gd.data.filter(t => t.visible)[0];"
         " const x = Array.from(t.x), y = Array.from(t.y), shown = y.map((v, k) => [v, k]).filter(p => isFinite(p[0]));"
         " const i = shown.sort((a, b) => a[0] - b[0])[5][1];"
         " return [r.x + l.xaxis._offset + l.xaxis.c2p(x[i]), r.y + l.yaxis._offset + l.yaxis.c2p(y[i])] })()"
@@ -504,6 +523,9 @@ def test_in_jupyterlab_by_mouse(page):
 @pytest.mark.slow
 def test_in_jupyterlab_by_keyboard_alone(page):
     tab, left = page
+    tab.get_by_label("question", exact=True).focus()
+    told = changed(tab, lambda: (tab.keyboard.press("Home"), *(tab.keyboard.press("ArrowDown") for _ in PRESETS)))
+    tab.wait_for_function("document.querySelector('p[aria-live=polite]').innerText.includes('exact match, arithmetic')", timeout=20_000)
     tab.get_by_label("find the", exact=True).focus()
     told = changed(tab, lambda: (tab.keyboard.press("Home"), tab.keyboard.press("ArrowDown"), tab.keyboard.press("ArrowDown")))
     assert told.startswith(("Fastest:", "Nothing"))
@@ -520,8 +542,8 @@ def test_in_jupyterlab_by_keyboard_alone(page):
     bits = tab.get_by_label("bits", exact=True)
     bits.wait_for(state="visible", timeout=10_000)
     bits.focus()
-    told = changed(tab, lambda: (tab.keyboard.press("Home"), tab.keyboard.press("ArrowDown")))
-    assert "300 of 300" not in told
+    told = changed(tab, lambda: (tab.keyboard.press("Home"), *(tab.keyboard.press("Shift+ArrowDown") for _ in range(2))))
+    assert "300 of 300" not in told and "Nothing" not in told
     tab.get_by_role("button", name="recipe").focus()
     tab.keyboard.press("Enter")
     copy = tab.get_by_role("button", name="copy recipe as JSON")
