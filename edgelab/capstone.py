@@ -19,11 +19,16 @@ mean of the two shares of right answers, each with its 95 % bootstrap interval o
 rank of the one above unless the difference is significant: a board that tells 95.1 from 94.9 % on 200 items tells noise.
 
 **What is refused, and what can't be.** Refused: files changed after they were written, a bundle whose coverage is not what its tensors are,
-calibration or training text that holds an item. What scores is what was read back from disk, so a model in memory can't bring code of its
-own. Not to be seen from outside: weights that were trained on the test split. There honour begins, and `rescore` helps: after the deadline
-someone else names a seed, and every entry answers new questions. It also undoes tuning to the board by many submissions.
+calibration or training text that holds an item, word for word. What scores is what was read back from disk, so a model in memory can't
+bring code of its own. Not to be seen from outside: weights that were trained on the test split, or on its questions in other words. There
+honour begins, and `rescore` helps: after the deadline someone else names a seed, and every entry answers new questions. It also undoes
+tuning to the board by many submissions, and it refuses weights that were exchanged since they were submitted.
+
+**What a board is not.** `board.json` is a plain file, and nothing tells that somebody edited it: a checksum in it could be edited as well.
+Answers that were invented there are gone after `rescore`, which reads of an entry only its name, its folder and the hash of its weights.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -47,6 +52,7 @@ from edgelab.shape import ModelShape, from_folder
 DOMAINS = data.SCORED
 MODELS = ("edge-moe", "edge-dense")  # what a recipe may start from
 _SCALED = ("dram_bytes_per_s", "memory_bytes", "usable_bytes", "flash_bytes_per_s", "cpu_int8_ops_per_s")
+_ANSWERS = ("config.json", "model.safetensors.index.json")  # beside the weights' files: what decides how they answer
 _RESAMPLES = 2000
 _CORPUS_SEED = 0  # of the commands in the corpus
 _DRAWN = 400_000  # commands drawn at most in search of fresh ones: more than there are different ones to be had in practice
@@ -161,15 +167,17 @@ def items(challenge: Challenge, corpus):
 def leak(batches: Sequence, tokenizer, held_out) -> str | None:
     """The first item of `held_out` (columns `prompt`, `answer`) whose text lies in the token ids `batches` int64 [B, T]; None for none.
 
-    Looked for as text, with the border before it, so that `7+12=` is not found in `37+12=`.
+    Looked for as text, anywhere: in each row, and in all rows of a batch one after the other, since packed documents run on over rows.
+    Only where neither a letter nor a digit stands right before or behind it, so that `7+12=91` is not found in `37+12=914`. An item in
+    other words, or with other spaces, is not found.
     """
-    wanted = {p + a for p, a in zip(held_out["prompt"], held_out["answer"], strict=True)}
-    end = tokenizer.eos_token or ""
+    wanted = {(p + a).strip() for p, a in zip(held_out["prompt"], held_out["answer"], strict=True)} - {""}
     for batch in batches:
-        for row in batch.tolist():
-            for document in tokenizer.decode(row).split(end) if end else [tokenizer.decode(row)]:
-                if document.strip() in wanted:
-                    return document.strip()
+        rows = batch.tolist()
+        for text in (*map(tokenizer.decode, rows), tokenizer.decode([token for row in rows for token in row])):
+            for item in wanted:
+                if item in text and re.search(rf"(?<!\w){re.escape(item)}(?!\w)", text):
+                    return item
     return None
 
 
@@ -182,6 +190,7 @@ class Entry:
 
     `correct` {domain: one character per item, "1" for a right answer}, in the order of the items: what paired comparisons need.
     `because`: why it does not fit; empty for one that does. `folder`: what was scored, relative to the board's folder where it lies in it.
+    `sha256`: of what answered there, the weights' files and the config; by it `rescore` knows that they are the same.
     """
 
     name: str
@@ -194,6 +203,7 @@ class Entry:
     correct: Mapping[str, str]
     because: tuple[str, ...] = ()
     folder: str = ""
+    sha256: str = ""
     recipe: str = ""
     covered: str = ""
     seconds: float = 0.0
@@ -471,6 +481,15 @@ def file_bytes(folder: str | Path) -> int:
     return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
 
+def weights_sha256(folder: str | Path) -> str:
+    """The sha256 of what answers questions in `folder`: names and contents of its weights' files, their index and the config."""
+    whole = hashlib.sha256()
+    for file in sorted(f for f in Path(folder).iterdir() if f.suffix == ".safetensors" or f.name in _ANSWERS):
+        with file.open("rb") as f:
+            whole.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
 class Capstone:
     """The challenge with its items, and the `board` in `folder`. `corpus` as of `data.corpus()`; it is made when it is not given.
 
@@ -618,7 +637,7 @@ class Capstone:
         return Entry(
             name=name, model=of, weight_bytes=weights, memory_bytes=round(memory), ms_per_token=round(ms, 3), ms_low=round(fastest, 3),
             ms_high=round(slowest, 3), correct=dict.fromkeys(DOMAINS, "0"), because=self.challenge.why_not(memory, ms), folder=stored,
-            recipe=recipe, covered=covered, machine=machine(),
+            sha256=weights_sha256(folder), recipe=recipe, covered=covered, machine=machine(),
         )  # fmt: skip
 
     def _answers(self, folder: Path) -> dict[str, str]:
@@ -647,9 +666,10 @@ class Capstone:
             inside = self.folder / entry.folder
             folder = inside if inside.is_dir() else Path(entry.folder)
             weighed = other._weighed(folder, entry.name, entry.model, entry.folder, entry.recipe)
-            if weighed.weight_bytes != entry.weight_bytes:
+            if weighed.sha256 != entry.sha256:
                 raise ValueError(
-                    f"{folder} has {weighed.weight_bytes:,} bytes of weights, the board says {entry.weight_bytes:,}: it was changed"
+                    f"{folder} has weights of sha256 {weighed.sha256[:12]}..., the board says {entry.sha256[:12] or 'none'}...: "
+                    f"it was changed after {entry.name!r} was submitted; put the files back, or submit it again"
                 )
             board.add(replace(weighed, correct=other._answers(folder)))
         return board

@@ -186,9 +186,9 @@ class SubmitControl:
         self._configs = {m: json.loads((data_dir() / m / "config.json").read_text(encoding="utf-8")) for m in MODELS}
         self.error: Exception | None = None
         self._busy = False
-        style, wide = {"description_width": "9em"}, {"width": "20em"}
-        number = {"style": style, "layout": {"width": "15em"}}
-        self.name = w.Text("my first", description="name of the entry", style=style, layout={"width": "24em"})
+        style, wide = {"description_width": "10em"}, {"width": "21em"}
+        number = {"style": style, "layout": {"width": "16em"}}
+        self.name = w.Text("my first", description="name of the entry", style=style, layout={"width": "25em"})
         self.model = w.Dropdown(options=MODELS, description="model", style=style, layout=wide)
         self.method = w.Dropdown(options=METHODS, value="gptq", description="method", style=style, layout=wide)
         self.group = w.Dropdown(
@@ -384,6 +384,11 @@ def check_needs(answer) -> Verdict:
         ),
         Case("a long context", (2_300_000, *(ours | {"context": 4096}).values()), "the cache grows with the context, in every layer"),
         Case("no weights at all", (1, *ours.values()), "cache and working memory stay"),
+        Case(
+            "another model: 7 layers, hidden 96, inner 352, a vocabulary of 5,000, 80 bytes of cache",
+            (310_000, 7, 80.0, 100, 96, 352, 5000, 16),
+            "use every argument: nothing here is as in the mixture",
+        ),
     ]
     form = "a function of weight_bytes, layers, kv_bytes, context, hidden, inner, vocab and chunk that returns bytes"
     return check_function(
@@ -449,6 +454,12 @@ def check_ranks(answer) -> Verdict:
             (chain,),
             "compare with the FIRST of the rank, not with the neighbour: 1, 1, 3, 3",
         ),
+        Case(
+            "a third one that only the second one beats",
+            (np.array([[0, -0.01, -0.01], [0, 0, 0.01], [0, 0, 0]]),),
+            "the FIRST of the rank alone counts, whatever others of the rank are better: 1, 1, 1",
+        ),
+        Case("a difference that is small and certain", (np.array([[0, 1e-4], [0, 0]]),), "above 0 is enough, however little"),
         Case("a low end of exactly 0", (exact,), "an interval that touches 0 shows no difference"),
         Case("one entry", (np.zeros((1, 1)),), "who is alone is first"),
     ]

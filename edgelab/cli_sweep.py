@@ -22,7 +22,8 @@ def sweep(
     searched: Annotated[int | None, typer.Option("--search", help="Not the grid: so many trials of a search, in all.", min=1)] = None,
     quality: Annotated[str, typer.Option("--quality", help="What a search keeps: kld (KL divergence) or exact (exact match).")] = "kld",
     device: Annotated[str, typer.Option("--device", help="Whose latency a search models: `edgelab devices` lists them.")] = "galaxy-s22",
-    seed: Annotated[int, typer.Option("--seed", help="Of the intervals and of the search.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the intervals. It belongs to the rows: another seed, other rows.")] = 0,
+    search_seed: Annotated[int, typer.Option("--search-seed", help="Of a search's choices; the rows stay the same.")] = 0,
     retry: Annotated[bool, typer.Option("--retry", help="Measure those again that raised an error.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Say what the store holds and what is left, and measure nothing.")] = False,
     out: Annotated[Path | None, typer.Option("--export", help="Write all rows that are there to this Parquet file afterwards.")] = None,
@@ -33,13 +34,20 @@ def sweep(
     Rows are kept one by one, so a sweep that was killed goes on where it was. `--export FILE --limit 0` writes what is there.
     """
     from edgelab import sweep as sweeps
-    from edgelab.sweep_run import bench
     from edgelab.sweep_space import Protocol, space
 
+    # all that can be wrong with the request, before torch and the models are there
     if searched is not None and (scheduler or jobs > 1 or limit is not None):
         raise ValueError("--search measures one configuration after the other in this process: leave out --jobs, --scheduler and --limit")
     if status and not (store / sweeps.FILE).is_file():
         raise FileNotFoundError(f"{store} holds no sweep yet; `edgelab sweep --store {store}` starts one")
+    if searched is not None:
+        from edgelab.sweep_search import check_goals
+
+        check_goals(quality, device)
+
+    from edgelab.sweep_run import bench
+
     here = bench(Protocol(seed=seed))
     grid = sweeps.jobs_of(here, space())
     with sweeps.Store(store) as kept:
@@ -47,7 +55,7 @@ def sweep(
             if status:
                 _status(here, kept, grid, as_json)
             elif searched is not None:
-                _search(here, kept, searched, quality, device, seed, as_json)
+                _search(here, kept, searched, quality, device, search_seed, as_json)
             else:
                 some = dict(list(grid.items())[:limit])
                 if some:

@@ -888,6 +888,8 @@ def check_cache(answer) -> Verdict:
         4 * one: "float16 has two bytes",
         2 * one / 16: "every layer has a cache of its own",
         2 * one * 1e6: "in MB, please",
+        2 * one * 1e6 / 2**20: "that is MiB, of 1,048,576 bytes; a MB has 1,000,000",
+        2 * one / 1e3: "that is GB; in MB, please",
     }
     why, form = "2 · 16 · 8 · 64 · 2 · 4,096 bytes", "a number of MB"
     return _checked(answer, 2 * one, hints, "2 · layers · heads of keys · their size · bytes · tokens", why, 1.0, form)

@@ -75,6 +75,8 @@ def numbers(answer, count: int) -> list[float] | None:
     >>> numbers([1, "2"], 2), numbers("x", 1), numbers(3, 2)
     ([1.0, 2.0], None, None)
     """
+    if hasattr(answer, "detach"):  # a torch tensor, also one that requires a gradient
+        answer = answer.detach().cpu()
     try:
         found = [float(a) for a in np.asarray(answer, dtype=float).reshape(-1)]
     except (TypeError, ValueError):
@@ -119,9 +121,9 @@ def check_function(
     """The verdict on a function that a reader wrote: does it do on all `cases` what `twin` does?
 
     `twin` is the package's own function (or a lambda around it), `form` says what is asked ("a function of a group of weights
-    that returns (scale, codes)"), `praise` what a right answer hears. With several `parts` a tuple of as many things is
-    asked, and they are the things' names. Results are numbers or arrays (NumPy, torch, lists), compared to `tolerance`,
-    relative and absolute; NaN equals NaN. The first case that goes wrong is told, and its hint.
+    that returns (scale, codes)"), `praise` what a right answer hears. With several `parts` a tuple of as many things is asked (or
+    one array of as many), and they are the things' names. Results are numbers or arrays (NumPy, torch, lists, bytes), compared to
+    `tolerance`, relative and absolute; NaN equals NaN. The first case that goes wrong is told, and its hint.
 
     >>> double = lambda x: 2 * x
     >>> cases = [Case("1.5", (1.5,)), Case("a negative number", (-1.0,), "the sign stays")]
@@ -166,6 +168,8 @@ def _difference(got, wanted, parts: Sequence[str], tolerance: float, form: str) 
     """In which way what came back differs from what is `wanted`, in words; "" where it does not."""
     if len(parts) == 1:
         got, wanted = (got,), (wanted,)
+    elif getattr(got, "ndim", 0) == 1 and len(got) == len(parts) and all(np.ndim(w) == 0 for w in wanted):
+        got = tuple(got)  # np.array([difference, low, high]): as good as a tuple of three numbers
     elif not isinstance(got, tuple | list) or len(got) != len(parts):
         count = f" of {len(got)}" if isinstance(got, tuple | list) else ""
         return f"your function returns {_kind(got)}{count}, and asked are {len(parts)} things: {', '.join(parts)}"
@@ -189,7 +193,7 @@ def _difference(got, wanted, parts: Sequence[str], tolerance: float, form: str) 
 def _array(value) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor, without importing torch for it
         value = value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
-    found = np.asarray(value)
+    found = np.asarray(list(value) if isinstance(value, bytes | bytearray) else value)
     if found.dtype.kind not in "biuf":
         raise TypeError(f"no numbers: {found.dtype}")
     return found.astype(np.float64)

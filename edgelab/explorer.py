@@ -15,6 +15,7 @@ budgets cut off a region, and every slider has a number box.
 """
 
 import json
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
@@ -27,7 +28,7 @@ import plotly.graph_objects as go
 from edgelab import explorer_words as say
 from edgelab import plots, tradeoff
 from edgelab.device import CLASSES, devices
-from edgelab.explorer_controls import Budget, Fit
+from edgelab.explorer_controls import Budget, Fit, Live
 from edgelab.explorer_measure import MeasurePanel, RecipePanel
 from edgelab.explorer_plots import COLOURED_BY, ROLE_COLOURS, ROLE_SYMBOLS, SYMBOLS, Mark, Picture, colours, layers_of, said, scale
 from edgelab.frame import frame
@@ -52,12 +53,13 @@ class Explorer:
         self.compared: tradeoff.Comparison | None = None
         self.brushed: np.ndarray | None = None
         self._busy = 0
-        self._pinned_from = {"A": 1, "B": 1}
+        self._lock = threading.RLock()  # a measurement draws from a thread of its own
+        self._event: np.ndarray | None = None  # what the traces have told so far of one brush
         self.picture = Picture(self.sweep)
         self.figure = self.picture.figure
         self._controls()
         self.recipe_panel = RecipePanel(self.sweep)
-        self.measure_panel = MeasurePanel(self.sweep, self._measured)
+        self.measure_panel = MeasurePanel(self.sweep, self._measured, lock=self._lock)
         for name in METRICS:  # the intervals of one domain take 1,000 resamples of every row: once, before anybody waits
             tradeoff.quality_of(self.sweep, name)
         self._layout()
@@ -68,7 +70,7 @@ class Explorer:
         self._watch()
 
     def _first(self) -> State:
-        """The best exact match within half of the original's bytes."""
+        """The best exact match within a quarter of the original's bytes."""
         base = tradeoff.anchor(self.sweep)
         return State(size_limit=None if base is None else 0.25 * float(self.sweep["size_bytes"][base]))
 
@@ -105,8 +107,8 @@ class Explorer:
         self.pin_a, self.pin_b, self.unpin = (w.Button(description=name, layout={"width": "auto"}) for name in names)
         self.show_filters = w.ToggleButton(False, description="filters", icon="filter", layout={"width": "auto"})
         self.panel = w.ToggleButtons(options=PANELS, style={"button_width": "auto"}, layout={"width": "auto"})
-        self.sentence, self.verdict, self.brush_sentence = w.HTML(), w.HTML(), w.HTML()
-        self.legend, self.layers_sentence = w.HTML(), w.HTML()
+        self.sentence, self.verdict, self.brush_sentence = Live(), Live(), Live()
+        self.legend, self.layers_sentence = w.HTML(), Live()
         self.tables = {name: w.HTML(layout={"max_width": "100%"}) for name in ("front", "layers", "A against B", "on the device")}
 
     def _layout(self) -> None:
@@ -160,11 +162,14 @@ class Explorer:
         self.pin_a.on_click(lambda _: self._try(lambda: self.pin("A")))
         self.pin_b.on_click(lambda _: self._try(lambda: self.pin("B")))
         self.unpin.on_click(lambda _: self._try(lambda: self.choose(pin_a="", pin_b="")))
-        for traces in self.picture.points.values():
-            for k, trace in enumerate(traces):
-                trace.on_click(lambda _, points, __, k=k: self._clicked(k, points.point_inds))
-                trace.on_selection(lambda _, points, __, k=k: self._selected(k, points.point_inds))
-                trace.on_deselect(lambda *_: self._brush(None))
+        all_traces = [(k, trace) for traces in self.picture.points.values() for k, trace in enumerate(traces)]
+        order = {id(trace): i for i, trace in enumerate(self.figure.data)}
+        all_traces.sort(key=lambda pair: order[id(pair[1])])  # as plotly calls them
+        for i, (k, trace) in enumerate(all_traces):
+            ends = {"first": i == 0, "last": i == len(all_traces) - 1}
+            trace.on_click(lambda _, points, __, k=k: self._clicked(k, points.point_inds))
+            trace.on_selection(lambda _, points, __, k=k, ends=ends: self._selected(k, points.point_inds, **ends))
+        all_traces[-1][1].on_deselect(lambda *_: self._brush(None))  # told to every trace: one is enough
 
     @contextmanager
     def _quietly(self):
@@ -187,12 +192,19 @@ class Explorer:
             objective=self.objective.value, size_limit=None if size is None else size * 1e6, latency_limit=self.latency_budget.limit,
             quality_limit=None if limit is None else limit / scale(m),
             filters=tuple((c, f.value) for c, f in self.filters.items() if f.value),
-            chosen=self.row.value or "", pin_a=self._pins["A"], pin_b=self._pins["B"],
+            chosen=self.row.value or "", pin_a=self._pins["A"], pin_b=self._pins["B"], from_a=self._from["A"], from_b=self._from["B"],
         )  # fmt: skip
 
     def _checked(self, state: State) -> State:
         """`state`, if the sweep has what it names; raises ValueError or KeyError otherwise."""
         tradeoff.select(self.sweep, dict(state.filters))
+        for column, values in state.filters:
+            if not values:
+                raise ValueError(f"filter {column!r} allows no value, so no row would be left; leave it out to keep all")
+            if column not in self.filters:
+                raise ValueError(f"filter {column!r} has one value in this sweep; filter by {', '.join(self.filters)}")
+        if state.context > self.context.max:
+            raise ValueError(f"context={state.context:,} is more than the {self.context.max:,} tokens that the control goes to")
         tradeoff.latency(self.sweep, state.device, context=state.context, engine=state.engine)
         for id in (state.chosen, state.pin_a, state.pin_b):
             if id:
@@ -207,7 +219,7 @@ class Explorer:
             held = dict(state.filters)
             for column, widget in self.filters.items():
                 widget.value = tuple(held.get(column, ()))
-            self._pins = {"A": state.pin_a, "B": state.pin_b}
+            self._pins, self._from = {"A": state.pin_a, "B": state.pin_b}, {"A": state.from_a, "B": state.from_b}
             self._offer(None, state.chosen)
             self._scales(state)
 
@@ -257,19 +269,17 @@ class Explorer:
         if "filters" in changes:
             given = dict(changes["filters"]).items()
             changes["filters"] = tuple((c, (v,) if isinstance(v, str | int | float) else tuple(v)) for c, v in given)
+        pins = {name: changes.pop(name) for name in ("pin_a", "pin_b") if name in changes}
         state = self._checked(replace(state, **changes))
-        absent = [c for c, _ in state.filters if c not in self.filters]
-        if absent:
-            raise ValueError(f"filter {absent[0]!r} has one value in this sweep; filter by {', '.join(self.filters)}")
         if "metric" in changes and "quality_limit" not in changes and changes["metric"] != self.metric.value:
             state = replace(state, quality_limit=None)  # a limit of one metric means nothing in another
-        for name, key in (("pin_a", "A"), ("pin_b", "B")):
-            if name in changes:
-                self._pinned_from[key] = 1
-        self._show(state)
-        with self._quietly():
-            self.preset.value = preset or ""
-        self._changed()
+        if pins:
+            state = tradeoff.pin(self.sweep, state, **pins)
+        with self._lock:
+            self._show(state)
+            with self._quietly():
+                self.preset.value = preset or ""
+            self._changed()
         return self.view if self.error is None else None
 
     # --------------------------------------------------------------------------------------------------- what happens
@@ -277,7 +287,8 @@ class Explorer:
     def _try(self, act) -> None:
         """Does `act`; an error is shown in place."""
         try:
-            act()
+            with self._lock:
+                act()
         except Exception as error:  # whatever it is, the reader sees it: a widget's traceback would vanish in a log
             self._fail(error)
 
@@ -298,13 +309,14 @@ class Explorer:
         if indices and not self._busy:
             self._try(lambda: self.choose(chosen=int(self.picture.rows_of[k][indices[0]])))
 
-    def _selected(self, k: int, indices) -> None:
-        """plotly tells of each trace apart: those of the same brush come one after another."""
-        brushed = np.zeros(len(self.sweep), bool) if self.brushed is None else self.brushed.copy()
-        of = self.picture.rows_of[k]
-        brushed[of[self.picture.drawn(k)]] = False
-        brushed[of[list(indices)]] = True
-        self._brush(brushed)
+    def _selected(self, k: int, indices, *, first: bool, last: bool) -> None:
+        """One brush: plotly tells it to every trace of both plots, one after another, those of the other plot without points."""
+        if first or self._event is None:
+            self._event = np.zeros(len(self.sweep), bool)
+        self._event[self.picture.rows_of[k][list(indices)]] = True
+        if last:
+            brushed, self._event = self._event, None
+            self._brush(brushed)
 
     def brush(self, rows) -> None:
         """Select rows (numbers or bool [rows]) as a drag in brush mode does; None selects nothing."""
@@ -334,10 +346,7 @@ class Explorer:
         row = self.chosen
         if row is None:
             raise ValueError("nothing is chosen, since nothing lies within the budgets; loosen one, or choose a configuration")
-        by_search = row == self.view.best
         self.choose(**{f"pin_{which.lower()}": row})
-        self._pinned_from[which] = self.view.picked_from if by_search else 1
-        self._changed()
 
     @property
     def chosen(self) -> int | None:
@@ -347,6 +356,10 @@ class Explorer:
     def _changed(self) -> None:
         if self._busy:
             return
+        with self._lock:
+            self._change()
+
+    def _change(self) -> None:
         try:
             state = self.state
             if self.preset.value and not self._answers(state):
@@ -363,7 +376,10 @@ class Explorer:
 
     def _answers(self, state: State) -> bool:
         """Whether the controls still ask what the preset asked."""
-        asked = tradeoff.apply(self.sweep, self.preset.value, state)
+        try:
+            asked = tradeoff.apply(self.sweep, self.preset.value, state)
+        except ValueError:  # the rows that are left have no original to be measured by
+            return False
         same = (asked.metric, asked.objective, asked.device, asked.latency_limit) == (
             state.metric,
             state.objective,
@@ -450,8 +466,8 @@ class Explorer:
             self.verdict.value = say.said(what)
             self.tables["A against B"].value = ""
             return
-        picked = max(self._pinned_from.values())
-        self.compared = tradeoff.compare(self.sweep, a, b, self.view.state.metric, picked_from=picked)
+        state = self.view.state
+        self.compared = tradeoff.compare(self.sweep, a, b, state.metric, picked_from=state.searched)
         self.verdict.value = say.said(self.compared.said)
         if self.panel.value == "A against B":
             self.tables["A against B"].value = say.table(

@@ -1,9 +1,10 @@
-"""Two parts of the explorer's page: a budget (a number box and the slider that leads and follows it), and what keeps the plot as wide as
-the page."""
+"""Three parts of the explorer's page: a budget (a number box and the slider that leads and follows it), a sentence that is announced, and
+what keeps the plot as wide as the page."""
 
 import anywidget
 import ipywidgets as w
 import numpy as np
+import traitlets
 
 _STEPS = 200  # of a budget's slider
 
@@ -19,6 +20,24 @@ class Fit(anywidget.AnyWidget):
         }).observe(el);
     } };
     """
+
+
+class Live(anywidget.AnyWidget):
+    """HTML that a screen reader announces when `value` changes: the live element stays, its content is replaced.
+
+    (In an `ipywidgets.HTML` the live element would be part of what is replaced, and a new live element announces nothing.)
+    """
+
+    _esm = """
+    export default { render({ model, el }) {
+        el.setAttribute("aria-live", "polite");
+        const show = () => { el.innerHTML = model.get("value"); };
+        model.on("change:value", show);
+        show();
+        return () => model.off("change:value", show);
+    } };
+    """
+    value = traitlets.Unicode("").tag(sync=True)
 
 
 class Budget:

@@ -84,18 +84,24 @@ def lost_points(lines: Sequence[Mapping[str, str]]) -> list[float]:
     return [float(line["lost"].split()[0]) for line in lines]
 
 
-def close_pair(sweep: Sweep, view: tradeoff.View, metric: str) -> tuple[int, int]:
-    """Two rows whose own intervals overlap although the paired test tells them apart: the best, and the nearest one that does so.
+def three_bit_rows(sweep: Sweep) -> tuple[int, int, int]:
+    """(original, three bits with one scale per row, three bits with one per 32 weights) of edge-moe, the latter by plain rounding.
 
-    Raises LookupError where the sweep has none.
+    Rows that are named by what was done to them and not by how they did: a comparison of theirs needs no correction for a search.
+    Raises LookupError where the sweep lacks one.
     """
-    q, best = view.quality, view.best
-    by_quality = np.argsort(q.metric.sign * q.value, kind="stable")
-    for row in by_quality[view.rows[by_quality]].tolist():
-        overlap = q.low[row] <= q.high[best] and q.low[best] <= q.high[row]
-        if row != best and overlap and tradeoff.compare(sweep, best, row, metric).significant:
-            return best, row
-    raise LookupError(f"no row whose interval overlaps that of {sweep['label'][best]} is told apart from it on {metric}")
+    original = sweep.original("edge-moe")
+    if original is None:
+        raise LookupError("the sweep holds no original of edge-moe")
+    same = {c: sweep[c][original] for c in ("model", "sparsity", "experts", "top_k", "channels")}
+    whole = np.logical_and.reduce([sweep[c] == value for c, value in same.items()]) & (sweep["method"] == "rtn")
+    found = [original]
+    for scheme in ("int3-row", "int3-g32"):
+        rows = [i for i in np.flatnonzero(whole & (sweep["scheme"] == scheme)) if "ends" not in sweep["label"][i]]
+        if not rows:
+            raise LookupError(f"the sweep has no row of edge-moe, rtn {scheme}, with nothing else done to it")
+        found.append(int(rows[0]))
+    return tuple(found)
 
 
 def device_rows(sweep: Sweep, rows: Mapping[str, int], names: Sequence[str], *, context: int = 512) -> list[dict[str, str]]:

@@ -150,6 +150,16 @@ class Mark:
     text: str = ""
 
 
+def belongs(mark: Mark, axis: str, device: str) -> bool:
+    """Whether a mark has a place on an axis: a time measured here has none among another device's times.
+
+    >>> here = Mark("measured here", size_mb=2.0, latency_ms=0.4, quality=0.9)
+    >>> belongs(here, "size", "galaxy-s22"), belongs(here, "latency", "galaxy-s22")
+    (True, False)
+    """
+    return axis == "size" or mark.kind != "measured here" or devices()[device].kind == "host"
+
+
 def scale(metric: Metric) -> float:
     """What a metric's values are multiplied with on its axis."""
     return 100.0 if metric.kind == "exact" else 1.0
@@ -166,6 +176,23 @@ def stairs(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
 
 
+class Fed(go.FigureWidget):
+    """A FigureWidget that does not report back.
+
+    After every update plotly's view compares each trace with its full form, sends what differs to the kernel (3,000 points: 0.7 MB), and
+    gets it back as an echo: so that Python could read the defaults that plotly filled in. Nothing here reads them, and it all happens
+    before the picture reaches the screen. The view still says that the update is done. Where plotly's script no longer has this place,
+    it runs as it is: slower, not wrong.
+    """
+
+    _esm = re.sub(
+        r"(\b_sendTraceDeltas\((\w+)\)\{)",
+        r'\1this.model.set("_js2py_traceDeltas",{trace_deltas:[],trace_edit_id:\2});this.touch();return;',
+        str(go.FigureWidget._esm),
+        count=1,
+    )
+
+
 class Picture:
     """The figure and what it last showed. `figure`: a FigureWidget (or a Figure for tests).
 
@@ -175,7 +202,7 @@ class Picture:
 
     AXES = ("size", "latency")
 
-    def __init__(self, sweep: Sweep, figure_class=go.FigureWidget) -> None:
+    def __init__(self, sweep: Sweep, figure_class=Fed) -> None:
         self.sweep = sweep
         self.models = tuple(sweep.values("model"))
         every = np.arange(len(sweep))
@@ -183,7 +210,7 @@ class Picture:
         self.inside = np.zeros(len(sweep), bool)
         self._coloured = ""
         self.figure = figure_class(self._empty())
-        if figure_class is go.FigureWidget:
+        if issubclass(figure_class, go.FigureWidget):
             # one pixel per pixel: plotly's default of two by two is four times the work, which without a GPU falls to the processor
             self.figure._config = self.figure._config | PLOT | {"plotGlPixelRatio": 1}
         by_name = {t.name: t for t in self.figure.data}
@@ -230,7 +257,7 @@ class Picture:
         pad = 0.04 * (np.ptp(size) or 1.0)
         ends = [size.min() - pad, size.max() + pad]
         ticks = {"tickvals": log_ticks(*ends), "tickformat": "~g"}
-        fig.update_xaxes(title_text="size, MB (measured at build)", type="log", range=ends, **ticks, row=1, col=1)
+        fig.update_xaxes(title_text="size, MB (counted)", type="log", range=ends, **ticks, row=1, col=1)
         fig.update_xaxes(type="log", tickformat="~g", row=1, col=2)
         fig.update_xaxes(type="category", title_text="bytes of the chosen one, by layer", row=2, col=1)
         fig.update_xaxes(type="category", title_text="errors of the chosen one, by layer", row=2, col=2)
@@ -286,7 +313,7 @@ class Picture:
                 self._put(self.fronts[axis], "y", line[1])
             self._budgets(self._axes(layout, view, shown, log), s, m)
             for axis in self.AXES:
-                self._mark(axis, marks, log, floor if log else 0.0, scale(m))
+                self._mark(axis, [k for k in marks if belongs(k, axis, s.device)], log, floor if log else 0.0, scale(m))
             if chosen is not None:
                 self._layers(chosen)
 
@@ -313,7 +340,7 @@ class Picture:
         late = (float(low - pad), float(high + pad))
         self._put(layout.xaxis2, "range", late)
         self._put(layout.xaxis2, "tickvals", log_ticks(*late))
-        self._put(layout.xaxis2.title, "text", f"ms per token, {devices()[view.state.device].title} (modelled)")
+        self._put(layout.xaxis2.title, "text", f"ms/token, {devices()[view.state.device].title} (modelled)")
         spans = {"quality": tuple(10**e for e in ends) if log else ends, "latency": tuple(10**e for e in late)}
         return spans | {"size": tuple(10**e for e in layout.xaxis.range)}
 
@@ -414,6 +441,8 @@ class Picture:
             fig.add_scatter(x=line[0], y=line[1], mode="lines", name="front", line={"color": plots.INK, "width": 2})
             for mark in marks:
                 where = mark.size_mb if axis == "size" else mark.latency_ms
+                if not belongs(mark, axis, view.state.device):
+                    continue
                 if where is not None and np.isfinite(where) and mark.kind != "chosen" and (mark.quality > 0 or not log):
                     symbol, colour = MARKS[mark.kind]
                     style = {"color": colour, "symbol": symbol.removesuffix("-open"), "size": 12}

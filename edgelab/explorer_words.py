@@ -6,6 +6,7 @@ from math import isfinite
 
 import numpy as np
 
+from edgelab import html_table
 from edgelab.device import devices, plain
 from edgelab.explorer_plots import Layers
 from edgelab.sweep_table import METRICS, Sweep
@@ -141,10 +142,11 @@ def compared_rows(sweep: Sweep, a: str, b: str) -> list[dict[str, str]]:
         if c.refused:
             lines.append(line | {"B - A": "", "verdict": "not comparable: other references"})
             continue
+        p = f"= {c.p:.3f}" if c.p >= 0.001 else "below 0.001"
         how = (
             f"{c.difference:+.{m.digits}f} [{c.low:+.{m.digits}f}, {c.high:+.{m.digits}f}]"
             if c.low is not None
-            else (f"{100 * c.difference:+.1f} points, p = {c.p:.3f}; only A right {c.only_a}, only B {c.only_b}, of {c.n}")
+            else (f"{100 * c.difference:+.1f} points, p {p}; only A right {c.only_a}, only B {c.only_b}, of {c.n}")
         )
         verdict = {"a": "A is better", "b": "B is better", "": "can't be told apart"}[c.better]
         lines.append(line | {"B - A": how, "verdict": verdict})
@@ -190,15 +192,8 @@ def table(rows: Iterable[Mapping[str, str]], caption: str) -> str:
     rows = list(rows)
     if not rows:
         return ""
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
-    body = ""
-    for row in rows:
-        first, *rest = (row.get(c, "") for c in columns)
-        body += f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(v)}</td>" for v in rest) + "</tr>"
-    above = f'<caption style="text-align:left">{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-    inside = f'<table style="margin-left:0;line-height:1.35">{above}<tbody>{body}</tbody></table>'
-    return f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}">{inside}</div>'
+    style = "overflow-x: auto; line-height: 1.35"
+    return f'<div style="{style}" tabindex="0" role="region" aria-label="{escape(caption)}">{html_table.lines(rows, caption)}</div>'
 
 
 def dot(colour: str, name: str) -> str:
@@ -214,8 +209,8 @@ def legend(parts: Iterable[str]) -> str:
 
 
 def said(text: str) -> str:
-    """A sentence that a screen reader announces when it changes."""
-    return f'<p aria-live="polite" style="line-height: 1.45; margin: 0.3em 0">{escape(text)}</p>'
+    """A sentence; in an `explorer_controls.Live` a screen reader announces it when it changes."""
+    return f'<p style="line-height: 1.45; margin: 0.3em 0">{escape(text)}</p>'
 
 
 def alert(error: Exception) -> str:

@@ -60,7 +60,8 @@ def of_markdown(title: str, text: str) -> str:
 
 
 def of_notebook(path: str | Path, exercises: str = "exercises") -> str:
-    """The page of a notebook as it is stored, outputs and all. Links to other lessons lead to their handouts.
+    """The page of a notebook as it is stored, outputs and all. Links to other lessons lead to their handouts, those
+    to a server that ran beside the notebook lead nowhere any more and become words.
 
     `exercises`: where the folder of the exercise notebooks lies, seen from the page. Raises ValueError for what would load something.
     """
@@ -87,11 +88,17 @@ def of_notebook(path: str | Path, exercises: str = "exercises") -> str:
     body = re.sub(r"<script\b.*?</script>", "", body, flags=re.S | re.I)
     body = re.sub(r"<style\b.*?</style>", "", body, flags=re.S | re.I)
     body = re.sub(r"<iframe\b.*?</iframe>", "<p><i>(A page that was open here while the notebook ran.)</i></p>", body, flags=re.S | re.I)
+    body = re.sub(r'<a\b[^>]*href="https?://(?:127\.0\.0\.1|localhost)[^"]*"[^>]*>(.*?)</a>', _unlinked, body, flags=re.S | re.I)
     body = re.sub(r'href="exercises/([^"]+)"', lambda m: f'href="{exercises}/{m[1]}"', body)
     body = re.sub(r'href="(\d\d_[a-z0-9_]+)\.ipynb(#[^"]*)?"', lambda m: f'href="{m[1]}.html{m[2] or ""}"', body)
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     colours = f"{_code(light)}\n@media (prefers-color-scheme: dark) {{ {_code(dark)} }}\n"
     return page(_title(notebook, path.stem), body, colours)
+
+
+def _unlinked(link: re.Match) -> str:
+    """The words of a link to a server that ran beside the notebook; its address means nothing any more."""
+    return re.sub(r"https?://(?:127\.0\.0\.1|localhost)[^\s<]*", "an address of that kernel's own", link[1])
 
 
 def _code(styles: str) -> str:

@@ -1,12 +1,13 @@
 """One configuration of a sweep, made and measured on this machine: what the explorer's "measure here" runs, in a process of its own.
 
 A process and not a thread: the notebook stays quick while weights are rounded, and to cancel is to end the process, at any moment,
-with its memory. It gets a JSON request on its standard input and writes a JSON object per line: {"share": 0.3, "step": "..."} as it goes,
-at the end {"result": {...}} or {"error": "..."}. It does what the sweep did (`sweep_run.measure_configuration`): the same documents,
-calibration text and reference. Then it compresses once more and writes tokens one by one with the kernels (`runtime.Runtime`): a stored
+with its memory. It gets a JSON request as the first line of its standard input, which stays open: it ends with whoever asked, and the
+process with it. It writes a JSON object per line: {"share": 0.3, "step": "..."} as it goes, at the end {"result": {...}} or
+{"error": "..."}. It does what the sweep did (`sweep_run.measure_configuration`): the same documents, calibration text and reference.
+Then it compresses once more and writes tokens one by one with the kernels (`runtime.Runtime`): a stored
 sweep holds no times, since time belongs to a machine.
 
-    echo '{"model": "edge-moe", "recipe": "...", "protocol": {}}' | python -m edgelab.measure_here
+    (echo '{"model": "edge-moe", "recipe": "...", "protocol": {}}'; cat) | python -m edgelab.measure_here
 """
 
 import contextlib
@@ -15,6 +16,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +26,7 @@ from math import nan
 from statistics import median
 
 DECODE_TOKENS, ROUNDS, PROMPT_TOKENS = 64, 3, 16
+FLOATING = "the kernels would read its weights as float32, twice the bytes of the bfloat16 that its size counts"
 STEPS = ("reading the text", "loading the model", "compressing", "measuring it against the original", "timing the kernels")
 
 
@@ -66,14 +70,15 @@ class Job:
     def __init__(self, request: Mapping, command: Sequence[str] | None = None) -> None:
         self.result: Here | None = None
         self.cancelled = False
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in steps; a pipe that nobody reads would stop the process once it is full
         environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
             list(command or (sys.executable, "-m", "edgelab.measure_here")), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment, start_new_session=True,
+            stderr=self._errors, text=True, encoding="utf-8", env=environment, start_new_session=True,
         )  # fmt: skip
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(dict(request)))
-            self._process.stdin.close()
+            self._process.stdin.write(json.dumps(dict(request)) + "\n")
+            self._process.stdin.flush()  # it stays open: its end tells the child that nobody waits any more
 
     def steps(self) -> Iterator[tuple[float, str]]:
         """Progress as it comes. Raises Failed with what the process said if it did not end well; nothing after `cancel`."""
@@ -89,8 +94,13 @@ class Job:
                 said = told["error"]
             else:
                 yield float(told["share"]), str(told["step"])
-        errors = self._process.stderr.read()
         code = self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._errors.seek(0)
+        errors = self._errors.read().decode("utf-8", "replace")
+        self._errors.close()
         if self.cancelled:
             self.result = None
         elif self.result is None:
@@ -119,7 +129,7 @@ def measure(model: str, recipe: str, protocol: Mapping | None = None, *, tell=la
     """
     from edgelab import set_threads
     from edgelab.compress import compress
-    from edgelab.recipe import Recipe
+    from edgelab.recipe import Quantize, Recipe
     from edgelab.report import machine
     from edgelab.sweep_run import Protocol, bench, measure_configuration, one_thread
 
@@ -134,7 +144,8 @@ def measure(model: str, recipe: str, protocol: Mapping | None = None, *, tell=la
         set_threads(1)
         with one_thread():  # the codes once more, for the kernels: what was measured above are the floats that they stand for
             small = compress(bench(how).original(model), steps, calibration=bench(how).calibration, progress=False).model
-        seconds, no_speed = _decode(small)
+        floating = not any(isinstance(step, Quantize) for step in steps.steps)
+        seconds, no_speed = (nan, FLOATING) if floating else _decode(small)
     values = {m: row[m] for m in ("kld", "bits_per_byte", "em_assistant", "em_arithmetic")}
     context = PROMPT_TOKENS + DECODE_TOKENS // 2
     took = round(time.perf_counter() - began, 1)
@@ -155,8 +166,20 @@ def _decode(model) -> tuple[float, str]:
     return median(found), ""
 
 
+def end_with_parent() -> None:
+    """End this process as soon as its standard input does: whoever asked is gone, killed perhaps, and nobody reads the answer."""
+
+    def wait() -> None:
+        while os.read(0, 4096):  # not sys.stdin: its lock would be held while Python shuts down
+            pass
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    request = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.readline())
+    end_with_parent()
 
     def say(line: Mapping) -> None:
         print(json.dumps(line), flush=True)

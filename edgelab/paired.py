@@ -16,8 +16,16 @@ for both cancels. Two numbers side by side, each with its own interval, would hi
 2. `u(i)`, i = 0, 1, 2 ..., are the numbers of mulberry32 with seed 0 (`mulberry32`): 32-bit integers over 2^32.
 3. Resample r (0 .. 999) draws at position j (0 .. N-1) the source `start_j + floor(u(r * N + j) * size_j)`.
 4. Sums run over the positions 0, 1, .. N-1 in order, in double precision; a resampled figure is one sum over another.
-5. Of the 1,000 figures, sorted, the interval goes from the 25th smallest to the 25th largest: indices 24 and 975 from 0.
-6. p = min(1, 2 * (1 + the fewer of {figures <= 0} and {figures >= 0}) / 1001). It can't fall below 0.002.
+5. Each resampled figure moves away from the measured one: figure = measured + w * (resampled - measured), with the `widening` w.
+6. Of the 1,000 figures, sorted, the interval goes from the 25th smallest to the 25th largest: indices 24 and 975 from 0.
+7. p = min(1, 2 * (1 + the fewer of {figures <= 0} and {figures >= 0}) / 1001). It can't fall below 0.002.
+
+**Why they move away.** A plain percentile interval is that of a known variance: with N sources in D domains it is too narrow by
+sqrt(N / (N - D)), since resamples scatter with the divisor N, and by t / 1.96, Student's quantile with N - D degrees of freedom over
+the normal one (Hesterberg, The American Statistician 69, 2015, section 4). Without w, two models that are equally good were told apart
+in 9 % of cases with 12 sources and normal differences; with it in 5 %. What remains: where differences are skewed (lognormal with
+sigma 1, 12 sources) it is still 14 % instead of 18 %, for no interval that is read off 12 sources knows their tail. A verdict
+near 5 % over few sources is a hint, no proof. One source per domain tells nothing of chance: the interval is infinite.
 
 mulberry32 is Tommy Ettinger's generator, in the public domain; its k-th number is a function of seed + k * 0x6D2B79F5 alone, which
 is why the loop is arithmetic on an array here. It is not good enough for cryptography or for 2^32 draws; for these it is.
@@ -26,7 +34,7 @@ is why the loop is arithmetic on an array here. It is not good enough for crypto
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
+from math import comb, inf, sqrt
 
 import numpy as np
 
@@ -79,6 +87,32 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(ordered[cut]), float(ordered[len(ordered) - 1 - cut])
 
 
+# Student's 97.5 % quantile with v degrees of freedom, in powers of 1/v: Abramowitz and Stegun 26.7.5; off by 0.13 % at 3, by less above
+STUDENT = (1.95996, 2.37227, 2.82250, 2.55585, 1.58949)
+STUDENT_OF_FEW = (12.70620, 4.30265)  # 1 and 2 degrees of freedom
+
+
+def widening(sizes: Sequence[int]) -> float:
+    """What a bootstrap of few sources is too narrow by: t(N - D) / 1.96 * sqrt(N / (N - D)) for N sources in D domains.
+
+    Arithmetic alone, in this order, so that another program gets the same bits. Infinite for one source per domain.
+
+    >>> round(widening((12,)), 3), round(widening((12, 12)), 3), round(widening((2000,)), 3)
+    (1.173, 1.105, 1.001)
+    """
+    n, free = sum(sizes), sum(sizes) - len(sizes)
+    if free < 1:
+        return inf
+    c0, c1, c2, c3, c4 = STUDENT
+    t = STUDENT_OF_FEW[free - 1] if free < 3 else c0 + (c1 + (c2 + (c3 + c4 / free) / free) / free) / free
+    return t / c0 * sqrt(n / free)
+
+
+def _total(values: np.ndarray) -> float:
+    """The sum, one after the other: NumPy's own takes several at a time, and another program would differ in the last bit."""
+    return float(np.cumsum(values)[-1])
+
+
 @dataclass(frozen=True)
 class Difference:
     """b - a of two ratios of sums on the same sources, and b / a (None where a is 0), with 95 % intervals; `p` two-sided."""
@@ -105,14 +139,17 @@ def difference(a: np.ndarray, b: np.ndarray, bottom: np.ndarray, sizes: Sequence
         raise ValueError(f"{len(a)}, {len(b)} and {len(bottom)} sums for sizes={sizes}, {sum(sizes)} sources; give one sum per source")
     a, b, bottom = (np.asarray(x, np.float64) for x in (a, b, bottom))
     top_a, top_b, below = (resampled(x, sizes) for x in (a, b, bottom))
-    values = (top_b - top_a) / below
+    value, w = (_total(b) - _total(a)) / _total(bottom), widening(sizes)
+    ratio = _total(b) / _total(a) if (top_a > 0).all() else None
+    if w == inf:
+        return Difference(value, -inf, inf, ratio, None if ratio is None else 0.0, None if ratio is None else inf, 1.0, len(a))
+    values = value + w * ((top_b - top_a) / below - value)
     low, high = interval(values)
     sides = min(int((values <= 0).sum()), int((values >= 0).sum()))
-    ratio = (None, None, None)
-    if (top_a > 0).all():
-        ratio = float(b.sum() / a.sum()), *interval(top_b / top_a)
-    value = float((b.sum() - a.sum()) / bottom.sum())
-    return Difference(value, low, high, *ratio, min(1.0, 2 * (1 + sides) / (len(values) + 1)), len(a))
+    ends = (None, None)
+    if ratio is not None:
+        ends = tuple(max(0.0, end) for end in interval(ratio + w * (top_b / top_a - ratio)))  # a ratio of sums that are above 0
+    return Difference(value, low, high, ratio, *ends, min(1.0, 2 * (1 + sides) / (len(values) + 1)), len(a))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -450,8 +450,9 @@ class StaircaseControl:
         self.bits = w.BoundedIntText(self._bits[0], min=1, max=16, description="bits", style=wide, layout={"width": "12em"})
         self.slider = w.IntSlider(0, min=0, max=len(self._bits) - 1, readout=False, continuous_update=False, layout={"width": "10em"})
         self.billions = w.BoundedFloatText(
-            billions, min=0.001, max=2000, step=0.5, description="your model, 10⁹", style=wide, layout={"width": "15em"}
-        )
+            billions, min=0.001, max=2000, step=0.5, description="your model, 10⁹",
+            style={"description_width": "9em"}, layout={"width": "17em"},
+        )  # fmt: skip
         self.sentence, self.table = w.HTML(), w.HTML(layout={"max_width": "100%", "overflow": "auto"})
         self.figure = go.FigureWidget(self._stairs)
         ring = {"color": "rgba(0,0,0,0)", "size": 20, "line": {"color": plots.OKABE_ITO[3], "width": 3}}
@@ -690,7 +691,10 @@ def check_bits(answer) -> Verdict:
 
 
 def check_rtn_function(answer) -> Verdict:
-    """Exercise 3: a function (group [n], bits) -> (scale, codes), round to nearest in the signed-maximum form."""
+    """Exercise 3: a function (group [n], bits) -> (scale, codes), round to nearest in the signed-maximum form.
+
+    Two rules that the package keeps are asked, too: of two weights of largest magnitude the first one gives the scale, and ties go to even.
+    """
 
     def twin(group: np.ndarray, bits: int) -> tuple[float, np.ndarray]:
         q = round_to_nearest(torch.tensor(group[None], dtype=torch.float32), QuantScheme.parse(f"int{bits}-row"))
@@ -708,6 +712,16 @@ def check_rtn_function(answer) -> Verdict:
         Case("2 bits", (np.array([0.5, -1.0, 0.3, 0.9]), 2), "the zero point is 2^(bits - 1), and the codes are 0 .. 2^bits - 1"),
         Case("a group of zeros", (np.zeros(4), 4), "no division by a scale of 0: every code is that of zero, 2^(bits - 1)"),
         Case("one weight", (np.array([-3.0]), 4)),
+        Case(
+            "the largest magnitude twice, with either sign",
+            (np.array([0.3, 1.0, -1.0, 0.2]), 4),
+            "the first of the two gives the scale, as np.argmax finds it; the other one is clipped",
+        ),
+        Case(
+            "weights halfway between two levels",
+            (np.array([2.0, 0.125, -0.125, 0.375, -0.375, 0.625]), 4),
+            "ties go to the even level, as np.rint, np.round and torch.round do: 0.5 becomes 0 and 1.5 becomes 2",
+        ),
         Case("32 random weights, 8 bits", (np.append(r.uniform(-1.9, 1.9, 31).round(3), 2.0), 8)),
     ]
     form = "a function of a group of weights and a number of bits that returns (scale, codes)"

@@ -8,8 +8,9 @@ What that is good for, and for what it is not:
 
     matches   the same would be computed again: nothing has to run            (`Receipt.stale` is empty)
     edited    a file is not what was written: the number in it is nobody's    (`Receipt.edited`)
-    forged    who edits a file and then the receipt leaves no trace in hashes; `verify` therefore also makes the tables anew from
-              the cells and compares the bytes, and `edgelab reproduce` runs them
+    forged    who edits a file and then the receipt leaves no trace in hashes; `verify` therefore also makes the CSV, LaTeX, HTML and
+              JSON files anew from the cells and compares their bytes. Who edits the cells and all of the receipts and writes the
+              tables anew is found only where the values are judged, or by `edgelab reproduce --again`, which runs them
 
 The list of files is that of the process itself (`sys.modules`), not of the repository: mending the web export does not make the table
 of pruning stale. The text is not in the repository at all, it is made from the running Python's library, so its fingerprint stands for it.

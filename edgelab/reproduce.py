@@ -29,6 +29,12 @@ the documents differ: then it is what one more draw may be, given the k stored o
 
     tolerance = t(0.975, k - 1) s sqrt(1 + 1/k) + the above,    around m
 
+Three seeds make t = 4.3, and where s is large too the interval would hold nearly anything: beyond ENOUGH = 25 % of |m| the verdict is
+"too few seeds", which judges nothing. So it is with what is counted and is another number for each seed.
+
+A cell that could be judged and of which nothing is stored is not well: a table whose values were forgotten must not pass. `new` is for
+tables that have none yet: they are printed, not judged.
+
 Where the text is another (it comes from the running Python's library), measured cells and words have nothing to agree with: "other text".
 """
 
@@ -58,8 +64,10 @@ from edgelab.paths import data_dir
 from edgelab.receipts import Receipt, write_text
 
 AGREES, DIFFERS, NO_VALUE, NOT_JUDGED, OTHER_TEXT = "agrees", "differs", "no stored value", "not judged", "other text"
-VERDICTS = (AGREES, DIFFERS, NO_VALUE, NOT_JUDGED, OTHER_TEXT)
+TOO_FEW = "too few seeds"
+VERDICTS = (AGREES, DIFFERS, NO_VALUE, TOO_FEW, NOT_JUDGED, OTHER_TEXT)
 SAFETY, FLOAT = 3.0, 1e-4
+ENOUGH = 0.25  # of the value: a wider tolerance for a seed that is not stored says nothing
 CELL_TIMEOUT_S = 1800
 MARKER = "edgelab-tables.json"  # a folder that holds it is ours to write into
 # {variant: (threads, the environment)}: what stands for another machine when values are stored
@@ -151,6 +159,12 @@ def tolerance(stored: Stored, cell: Cell, seed: int) -> tuple[float, float] | No
     return mean, draw + same_seed(mean)
 
 
+def _judges(stored: Stored, cell: Cell, seed: int, value: float, within: float) -> bool:
+    """Whether a tolerance is narrow enough to tell anything. It always is for a stored seed, and where the stored seeds agree."""
+    known = {values[cell.key] for values in stored.runs.values() if cell.key in values}
+    return seed in stored.runs or len(known) == 1 or within <= ENOUGH * abs(value)
+
+
 @dataclass(frozen=True)
 class Judged:
     """A cell with its verdict. `stored`, `within`: what it was held against, where it was."""
@@ -172,6 +186,11 @@ class Judged:
             return f"{c.text}, a time"
         if c.kind == "bounded":
             return f"{c.text}, at most {shown(c.limit)} is allowed"
+        if self.verdict == TOO_FEW:
+            allowed = (
+                f" {shown(self.stored)}, and one more draw may be {shown(self.within)} either way" if self.within else " is not enough"
+            )
+            return f"{c.text}, not one of the stored seeds; what they give{allowed}"
         if self.stored is None:
             return f"{c.text}, nothing is stored"
         rule = f"{shown(self.within)} either way is allowed" if self.within else "it must be equal"
@@ -189,14 +208,17 @@ def judge(cell: Cell, seed: int, stored: Stored | None, text: str) -> Judged:
     if cell.kind == "measured":
         found = tolerance(stored, cell, seed)
         if found is None:
-            return Judged(cell, seed, NO_VALUE)
+            one = any(isinstance(values.get(cell.key), int | float) for values in stored.runs.values())
+            return Judged(cell, seed, TOO_FEW if one and seed not in stored.runs else NO_VALUE)
         value, within = found
         if text != stored.text:
             return Judged(cell, seed, OTHER_TEXT, value, within)
+        if not _judges(stored, cell, seed, value, within):
+            return Judged(cell, seed, TOO_FEW, value, within)
         return Judged(cell, seed, AGREES if abs(cell.value - value) <= within else DIFFERS, value, within)
     known = {values[cell.key] for k, values in stored.runs.items() if cell.key in values and (k == seed or seed not in stored.runs)}
     if len(known) != 1:  # none, or another one for each seed
-        return Judged(cell, seed, NO_VALUE)
+        return Judged(cell, seed, TOO_FEW if known else NO_VALUE)
     (value,) = known
     if cell.kind == "said" and text != stored.text:
         return Judged(cell, seed, OTHER_TEXT, value)
@@ -319,6 +341,10 @@ class Table:
     def differing(self) -> list[Judged]:
         return [j for j in self.judged if j.verdict == DIFFERS]
 
+    def missing(self) -> list[Judged]:
+        """What could be judged, had somebody stored a value."""
+        return [j for j in self.judged if j.verdict == NO_VALUE]
+
     def lines(self) -> list[dict[str, object]]:
         """A dict per cell, the seeds together: mean and spread of numbers, a word if all say the same."""
         by_key: dict[str, list[Judged]] = {}
@@ -341,7 +367,9 @@ class Table:
             numbers = [v for v in known if not isinstance(v, str)]
             line["stored"] = statistics.fmean(numbers) if numbers else known[0] if known else None
             line["within"] = max((j.within for j in found if j.within is not None), default=None)
-            line["verdict"] = next(v for v in (DIFFERS, OTHER_TEXT, NO_VALUE, AGREES, NOT_JUDGED) if v in {j.verdict for j in found})
+            line["verdict"] = next(
+                v for v in (DIFFERS, OTHER_TEXT, NO_VALUE, TOO_FEW, AGREES, NOT_JUDGED) if v in {j.verdict for j in found}
+            )
             lines.append(line)
         return lines
 
@@ -393,6 +421,7 @@ class Table:
             AGREES: "",
             DIFFERS: " <b>differs</b>",
             NO_VALUE: " <i>nothing stored</i>",
+            TOO_FEW: " <i>too few seeds</i>",
             NOT_JUDGED: "",
             OTHER_TEXT: " <i>other text</i>",
         }
@@ -446,6 +475,15 @@ def gather(folder: Path, stored: Stored | None = None) -> Table:
     return Table(first.table, runs[first.seed if first.seed in runs else min(runs)].title, runs, judged)
 
 
+_WRITERS = ("reproduce.py", "paper_tables.py", "ledger.py")  # what decides how the files look, besides what measured the cells
+
+
+def _texts(table: Table, first: Receipt) -> dict[str, str]:
+    """{file: what is in it}; `first`: the receipt of the first seed, whose facts the page shows."""
+    texts = {".csv": table.to_csv(), ".tex": table.to_latex(), ".html": table.to_html(first.facts()), ".json": table.to_json()}
+    return {f"{table.name}{suffix}": text for suffix, text in texts.items()}
+
+
 def write_table(folder: Path) -> Table:
     """The runs below `folder` as one table, with its files (.csv, .tex, .html, .json) and a receipt over all of them."""
     table = gather(folder)
@@ -454,15 +492,15 @@ def write_table(folder: Path) -> Table:
     data = {k: v for r in told for k, v in r.data.items()}
     if (path := stored_file(table.name)).is_file():
         data |= {f"tables/{path.name}": sha256(path)}
-    code = {k: v for r in told for k, v in r.code.items()}
+    code = {k: v for r in told for k, v in r.code.items()} | {name: sha256(Path(__file__).with_name(name)) for name in _WRITERS}
     whole = Receipt(
         table.name, None, settings, told[0].threads, code=code, data=data, text=told[0].text,
         wall_seconds=round(sum(r.wall_seconds for r in told), 2),
     )  # fmt: skip
-    for suffix, text in ((".csv", table.to_csv()), (".tex", table.to_latex()), (".json", table.to_json())):
-        write_text(folder / f"{table.name}{suffix}", text)
-    write_text(folder / f"{table.name}.html", table.to_html(told[0].facts()))
-    files = [f"{table.name}{suffix}" for suffix in (".csv", ".tex", ".html", ".json")]
+    texts = _texts(table, told[0])
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    files = list(texts)
     files += [f"seed-{seed}/{name}" for seed in table.runs for name in ("cells.json", "receipt.json", "notebook.ipynb")]
     receipts.write(folder, whole, files)
     return table
@@ -473,24 +511,33 @@ def write_table(folder: Path) -> Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a table. `ran`, `kept`: seeds; `table` None where nothing of it is there; `remarks`: failures, edits, staleness."""
+    """What became of a table. `ran`, `kept`: seeds; `table` None where nothing of it is there; `remarks`: failures, edits, staleness.
+
+    `new`: cells without a stored value are expected.
+    """
 
     name: str
     table: Table | None
     ran: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+    new: bool = False
 
     @property
     def well(self) -> bool:
-        """Whether nothing failed, nothing differs and nothing was edited."""
-        return self.table is not None and not self.remarks and not self.table.differing()
+        """Whether nothing failed, nothing differs, nothing was edited, and nothing went unjudged for want of a stored value."""
+        return self.table is not None and not self.remarks and not self.table.differing() and not self._unjudged()
+
+    def _unjudged(self) -> int:
+        return 0 if self.new or self.table is None else len(self.table.missing())
 
     def line(self) -> dict[str, str]:
         counts = self.table.counts() if self.table else {}
         line = {"table": self.name, "seeds": " ".join(map(str, self.table.runs)) if self.table else ""}
         line |= {v: str(counts.get(v, 0)) for v in VERDICTS}
-        return line | {"remark": "; ".join(self.remarks)}
+        n = self._unjudged()
+        unjudged = [f"{n} cell{'s'[: n != 1]} could not be judged: no value is stored"] if n else []
+        return line | {"remark": "; ".join([*self.remarks, *unjudged])}
 
 
 def chosen(names: Iterable[str], quick: bool) -> dict[str, tuple[PaperTable, Mapping]]:
@@ -516,12 +563,13 @@ def reproduce(
     quick: bool = False,
     threads: int = 1,
     again: bool = False,
+    new: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
     """An `Outcome` per table of `names` (all by default): run what is not there yet, write the tables, judge their cells.
 
-    `seeds`: how many, or which; a table that no seed changes runs once. `again`: also what is there. Raises ValueError for an unknown table
-    or seeds below 1, FileExistsError for a folder with other things in it.
+    `seeds`: how many, or which; a table that no seed changes runs once. `again`: also what is there. `new`: cells without a stored
+    value are no failure. Raises ValueError for an unknown table or seeds below 1, FileExistsError for a folder with other things in it.
     """
     wanted = chosen(names, quick)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
@@ -567,15 +615,16 @@ def reproduce(
             made = write_table(out / name)
         except FileNotFoundError:
             made = None
-        outcomes.append(Outcome(name, made, tuple(ran[name]), tuple(kept[name]), tuple(failed[name])))
+        outcomes.append(Outcome(name, made, tuple(ran[name]), tuple(kept[name]), tuple(failed[name]), new))
     return outcomes
 
 
-def verify(out: str | Path = "runs/tables") -> list[Outcome]:
+def verify(out: str | Path = "runs/tables", *, new: bool = False) -> list[Outcome]:
     """What the written tables below `out` are worth, from the files alone: nothing is run.
 
-    Each is judged anew by the stored values. A remark says which file was edited or is gone, that the table does not follow from its
-    cells, or that other code, data, text or libraries made it. Raises FileNotFoundError where there is no table.
+    Each is judged anew by the stored values; `new`: a cell without one is no failure. A remark says which file was edited or is gone, that
+    the table does not follow from its cells, or that other code, data, text or libraries made it. Raises FileNotFoundError where there
+    is no table.
     """
     out = Path(out)
     folders = sorted({p.parent.parent for p in out.glob("*/seed-*/*")} | {p.parent for p in out.glob(f"*/{receipts.NAME}")})
@@ -592,29 +641,57 @@ def verify(out: str | Path = "runs/tables") -> list[Outcome]:
             for seed in table.runs:
                 inner = folder / f"seed-{seed}"
                 remarks += [f"seed-{seed}/{what}" for what in Receipt.read(inner).edited(inner)]
-            remarks += _follows(folder, table)
+            remarks += _follows(folder, table, whole)
         except (FileNotFoundError, ValueError, KeyError) as error:
             remarks.append(str(error))
-        outcomes.append(Outcome(folder.name, table, kept=tuple(table.runs) if table else (), remarks=tuple(dict.fromkeys(remarks))))
+        outcomes.append(
+            Outcome(folder.name, table, kept=tuple(table.runs) if table else (), remarks=tuple(dict.fromkeys(remarks)), new=new)
+        )
     return outcomes
 
 
 _VERDICT_COLUMNS = ("stored", "within", "verdict")  # they follow from the stored values, which may be newer than the file
 
 
-def _follows(folder: Path, table: Table) -> list[str]:
-    """Whether the CSV is what the cells of the seeds give: whoever edits it and both receipts is found here."""
-    path = folder / f"{table.name}.csv"
-    if not path.is_file():
-        return [f"{path.name} is gone"]
-    there, made = (
-        [{k: v for k, v in row.items() if k not in _VERDICT_COLUMNS} for row in csv.DictReader(io.StringIO(text))]
-        for text in (path.read_text(encoding="utf-8"), table.to_csv())
-    )
-    if there == made:
-        return []
-    where = next((f" at {b.get('row')} / {b.get('column')}" for a, b in zip(there, made, strict=False) if a != b), "")
-    return [f"{path.name} does not follow from its cells{where}"]
+def _follows(folder: Path, table: Table, whole: Receipt) -> list[str]:
+    """Whether the files are what the cells of the seeds give, byte for byte: whoever edits one and both receipts is found here.
+
+    Where the stored values or the code that writes are others by now (a remark of its own says so), verdicts and form may have changed with
+    them: then the values in the CSV and the rows in the LaTeX are compared.
+    """
+    key, path = f"tables/{table.name}.json", stored_file(table.name)
+    now, told = sha256(path) if path.is_file() else None, whole.data.get(key)
+    wrong = []
+    if told is None and now is not None:
+        wrong.append(
+            "values are stored that its receipt does not name: `edgelab reproduce` writes the table anew, and runs nothing for that"
+        )
+    whole_files = told == now and all(whole.code.get(name) == sha256(Path(__file__).with_name(name)) for name in _WRITERS)
+    if not set(_WRITERS) <= set(whole.code):
+        wrong.append("its receipt does not say what code wrote the table: `edgelab reproduce` writes it anew, and runs nothing for that")
+    first = Receipt.read(folder / f"seed-{min(table.runs)}")
+    for name, made in _texts(table, first).items():
+        if not (folder / name).is_file():
+            wrong.append(f"{name} is gone")
+            continue
+        there = (folder / name).read_bytes().decode("utf-8", errors="replace")
+        if whole_files and there != made:
+            wrong.append(f"{name} does not follow from its cells{_where(there, made)}")
+        elif not whole_files and name.endswith((".csv", ".tex")) and _values(name, there) != _values(name, made):
+            wrong.append(f"{name} does not follow from its cells")
+    return wrong
+
+
+def _values(name: str, text: str) -> list:
+    """What is in a CSV or LaTeX file without what follows from stored values: rows without verdicts, lines without the comment."""
+    if name.endswith(".csv"):
+        return [{k: v for k, v in row.items() if k not in _VERDICT_COLUMNS} for row in csv.DictReader(io.StringIO(text))]
+    return [line for line in text.splitlines() if not line.startswith("%")]
+
+
+def _where(there: str, made: str) -> str:
+    lines = enumerate(zip(there.splitlines(), made.splitlines(), strict=False), 1)
+    return next((f" (line {i})" for i, (a, b) in lines if a != b), "")
 
 
 # ------------------------------------------------------------------------------------------------------ storing values

@@ -6,6 +6,7 @@ winner's curse). Bonferroni's correction, p times the number of rows picked from
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Comparison:
         if self.picked_from <= 1 or self.refused:
             return ""
         least = 2 / (paired.RESAMPLES + 1)
-        said = f"One of them was picked as the best of {self.picked_from:,}: part of its lead is luck."
+        said = f"One of them was picked from {self.picked_from:,} by how it did: part of its lead is luck."
         if not self.significant:
             return said
         if METRICS[self.metric].kind != "exact" and least * self.picked_from >= paired.LEVEL:
@@ -142,7 +143,11 @@ def rivals(sweep: Sweep, row: int, among: np.ndarray, metric: str) -> np.ndarray
         same = {name for name, r in sweep.reference.items() if r == sweep.reference[sweep["model"][row]]}
         rows = rows[[name in same for name in sweep["model"][rows]]]
     drawn = drawn_ratios(sweep, metric)
-    apart = drawn[rows] - drawn[row]
+    tops, bottom, sizes = sums(sweep, m, [row, *rows])
+    measured = ((tops[1:] - tops[0]).sum(1) / bottom.sum())[:, None]
+    if (w := paired.widening(sizes)) == inf:
+        return rows
+    apart = measured + w * (drawn[rows] - drawn[row] - measured)
     most = round(0.025 * drawn.shape[1])  # the interval's end is the 25th of 1,000: fewer than 25 on one side of 0 leave it out
     return rows[((apart <= 0).sum(1) >= most) & ((apart >= 0).sum(1) >= most)]
 

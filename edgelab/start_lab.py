@@ -80,6 +80,11 @@ def check_zlib(answer) -> Verdict:
         Case("English text", ("the lamp in the kitchen, the lamp in the hall, the lamp in the kitchen again. " * 8,), "a byte has 8 bits"),
         Case("text with umlauts", ("über Äpfel, über Öfen, über Übermut und müde Hühner. " * 6,), "'ü' is one character and two bytes"),
         Case("one letter", ("a",), "zlib's own few bytes count, too: more than 8 bits per byte is possible"),
+        Case(
+            "binary numbers",
+            (" ".join(f"{i:b}" for i in range(300)),),
+            "level 9, not zlib's default, 6: it looks further for what repeats, and here it needs more bytes for it",
+        ),
         Case("text in Greek", ("ὁ βίος βραχύς, ἡ δὲ τέχνη μακρή. " * 5,)),
     ]
     form = "a function of a text that returns bits per byte"

@@ -12,15 +12,18 @@ A journal on a network file system is not safe: keep the store on a local disk, 
 
 **Where it runs.** In this process; in processes of this machine by joblib (`jobs`); on a cluster by Dask (`scheduler`): this process
 submits, the workers measure, this process writes. A worker that dies costs its run, which is done again: Dask sends it to another
-worker, joblib's pool is made anew. What a configuration raises is kept as its row's error, and the sweep goes on.
+worker, joblib's pool is made anew. What a configuration raises is kept as its row's error, and the sweep goes on; so is a row with a
+figure that is not finite. That a cluster is gone says nothing of a configuration: it ends the sweep and leaves no error behind.
 
 Runs of one structure follow each other in the order of `space`, and each process keeps the last structures it made (`sweep_run`).
 """
 
 import json
+import math
 import os
 import sqlite3
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -40,6 +43,7 @@ FILE = "sweep.sqlite"
 FORMAT = 1  # of the exported file
 Work = Callable[[Configuration], dict]
 _WAIT_S = 60.0  # for another process' transaction
+_ANSWER_S = 20  # for a cluster's workers to come back
 _RESTARTS = 3  # of joblib's pool without a single row between them
 
 
@@ -130,9 +134,19 @@ class Tally:
 
 
 def _attempt(work: Work, id: str, configuration: Configuration) -> tuple[str, dict | None, str | None]:
-    """(id, row, None) or (id, None, what was raised). Never raises for a configuration's own fault."""
+    """(id, row, None) or (id, None, what was raised). Never raises for a configuration's own fault.
+
+    A figure that is NaN or infinite is such a fault (overflowing weights give one), but for an error of a layer that is not known.
+    """
     try:
-        return id, work(configuration), None
+        row = dict(work(configuration))
+        if "layer_error" in row:
+            row["layer_error"] = [None if isinstance(e, float) and math.isnan(e) else e for e in row["layer_error"]]
+        values = {k: v if isinstance(v, list) else [v] for k, v in row.items()}
+        if bad := [k for k, v in values.items() if any(isinstance(x, float) and not math.isfinite(x) for x in v)]:
+            raise ArithmeticError(f"not finite: {', '.join(bad)}")
+        json.dumps(row, allow_nan=False)  # what the store will do: what it cannot hold must show here, where it costs one run
+        return id, row, None
     except Exception as error:  # whatever a recipe raises is a fact about its configuration
         return id, None, f"{type(error).__name__}: {error}"[:2000]
 
@@ -151,11 +165,13 @@ def sweep(
 
     `work` makes the row; it goes to other processes, so it is a module's function or a `partial` of one. `workers`: processes of this
     machine. `scheduler`: a Dask scheduler's address in their place. `retry`: also those that raised before.
-    Raises ImportError, saying what to install, where joblib or Dask is missing; ConnectionError where no scheduler answers,
-    ChildProcessError where workers do nothing but die.
+    Raises ImportError, saying what to install, where joblib or Dask is missing; ConnectionError where no scheduler answers or it is lost
+    on the way, ChildProcessError where workers do nothing but die or cannot read what they are sent.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
+    if scheduler is not None and not scheduler.strip():
+        raise ValueError(f"scheduler={scheduler!r} is no address; give one such as tcp://127.0.0.1:8786, or None")
     there = store.done()
     left_out = there | (set() if retry else set(store.errors()))
     todo = {i: c for i, c in jobs.items() if i not in left_out}
@@ -203,7 +219,7 @@ def _by_joblib(todo: Mapping[str, Configuration], work: Work, workers: int) -> I
 def _by_dask(todo: Mapping[str, Configuration], work: Work, scheduler: str) -> Iterator[tuple[str, dict | None, str | None]]:
     """Outcomes as they come. Dask gives the runs of a lost worker to another one; this process alone writes."""
     try:
-        from distributed import Client, as_completed
+        from distributed import Client, KilledWorker, as_completed
     except ImportError as error:
         raise ImportError("a cluster needs dask.distributed: pip install 'edgelab[cluster]'") from error
     try:
@@ -215,13 +231,48 @@ def _by_dask(todo: Mapping[str, Configuration], work: Work, scheduler: str) -> I
         turn = os.urandom(4).hex()
         names = {f"edgelab-{turn}-{i}": i for i in todo}
         futures = [client.submit(_attempt, work, i, todo[i], key=key, retries=2, pure=False) for key, i in names.items()]
-        for future in as_completed(futures):
-            if future.status == "finished":
-                yield future.result()
-            else:  # the run took its workers with it, several times, or could not be sent
-                error = future.exception()
-                yield names[future.key], None, f"{type(error).__name__}: {error}"[:2000]
+        coming = as_completed(futures)
+        for future in coming:
+            status = future.status
+            if status in ("lost", "pending"):  # done, but its worker died before the result came: the cluster does it again
+                coming.add(future)
+                continue
+            error = future.exception() if status == "error" else None
+            if status == "finished":
+                try:
+                    outcome = future.result()
+                except (CancelledError, OSError) as lost:  # the scheduler went before the result came
+                    raise _gone(scheduler) from lost
+                yield outcome
+            elif isinstance(error, KilledWorker):
+                _still_there(client, scheduler)
+                yield names[future.key], None, "KilledWorker: each worker that took this run died; it may need more memory than they have"
+            elif error is not None:  # `_attempt` raises nothing: the worker could not read what it was sent
+                raise ChildProcessError(
+                    f"the workers cannot do a run ({type(error).__name__}: {error}); give them this version of edgelab and of Python"
+                ) from error
+            else:  # cancelled: a fact about the cluster, not about the configuration
+                raise _gone(scheduler)
             future.release()
+
+
+def _gone(scheduler: str) -> ConnectionError:
+    return ConnectionError(
+        f"the Dask scheduler at {scheduler!r} was lost or dropped the runs; all rows that came are kept: "
+        "start a cluster again and call the sweep again with its address"
+    )
+
+
+def _still_there(client, scheduler: str) -> None:
+    """Raises where the cluster has no worker left, or is gone: then nothing is known of the run that they died with."""
+    try:
+        client.wait_for_workers(1, timeout=_ANSWER_S)
+    except TimeoutError as error:
+        raise ChildProcessError(
+            f"the cluster at {scheduler!r} has no workers left; start some with more memory, and call the sweep again: it goes on"
+        ) from error
+    except (CancelledError, OSError) as error:
+        raise _gone(scheduler) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- the result

@@ -220,7 +220,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------- measuring
 
     def run(self, c: Configuration) -> dict:
-        """The row of `c` without its id, as plain numbers, texts and lists (NaN as None). Raises what `compress` and `measure` raise."""
+        """The row of `c` without its id, as plain numbers, texts and lists (an unknown layer error: None). Raises as `compress` does."""
         row = {
             "label": c.label, "model": c.model, "method": c.method, "scheme": c.scheme, "bits": c.bits, "group": c.group,
             "sparsity": c.sparsity, "pattern": c.pattern, "experts": c.experts, "top_k": c.top_k, "channels": c.channels,

@@ -18,9 +18,10 @@ import numpy as np
 
 from edgelab import paired
 from edgelab.paths import data_dir
+from edgelab.sweep_space import ANSWERS, TEXT
+from edgelab.sweep_space import METRICS as STORED  # those with columns of their own; the others are summed from documents
 
 FORMAT = 1
-TEXT, ANSWERS = ("prose", "code"), ("assistant", "arithmetic")  # domains of running text; domains with answers
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         )
     }
 )
-STORED = ("kld", "bits_per_byte", "em_assistant", "em_arithmetic")  # those with columns of their own; the others are summed from documents
 
 TEXTS = ("id", "label", "model", "method", "scheme", "pattern", "recipe", "shape", "provenance")
 NUMBERS = (

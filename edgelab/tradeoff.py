@@ -167,7 +167,8 @@ OBJECTIVES = {"quality": "best quality", "size": "smallest", "latency": "fastest
 class State:
     """The controls, as the notebook and the page share them. Budgets: None is no limit; `quality_limit` is the worst that is allowed.
 
-    `filters` ((column, (values ...)), ...). `chosen`, `pin_a`, `pin_b`: ids of rows, "" for none.
+    `filters` ((column, (values ...)), ...). `chosen`, `pin_a`, `pin_b`: ids of rows, "" for none. `from_a`, `from_b`: (metric, number of
+    rows) that a pin was picked from by looking at results, ("", 1) for one that was not; `pin` sets a pin together with it.
     """
 
     metric: str = "em_assistant"
@@ -182,6 +183,8 @@ class State:
     chosen: str = ""
     pin_a: str = ""
     pin_b: str = ""
+    from_a: tuple[str, int] = ("", 1)
+    from_b: tuple[str, int] = ("", 1)
 
     def __post_init__(self) -> None:
         metric_of(self.metric)
@@ -193,6 +196,18 @@ class State:
                 raise ValueError(f"{name}={limit!r} must be a number, 0 or more, or None for no limit")
         given = self.filters.items() if isinstance(self.filters, Mapping) else self.filters
         object.__setattr__(self, "filters", tuple(sorted((c, tuple(v)) for c, v in given)))
+        for name, id in (("from_a", self.pin_a), ("from_b", self.pin_b)):
+            found = tuple(getattr(self, name))
+            if len(found) != 2 or isinstance(found[1], bool) or not isinstance(found[1], int | np.integer) or found[1] < 1:
+                raise ValueError(f'{name}={found!r} must be a metric and a whole number of rows, 1 or more; ("", 1) for no search')
+            if found[0]:
+                metric_of(found[0])
+            object.__setattr__(self, name, (found[0], int(found[1])) if id and found[0] else ("", 1))
+
+    @property
+    def searched(self) -> int:
+        """Of how many rows the better of the two pins was picked by this metric; 1 where neither was, or by another metric."""
+        return max(n if metric == self.metric else 1 for metric, n in (self.from_a, self.from_b))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -227,10 +242,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         p.name: p
         for p in (
             Preset("keep95", "smallest that keeps 95 % of exact match", "em_assistant", "size", keep=0.95,
-                   meaning="at least 0.95 times the original's exact match on assistant; of those, the fewest bytes"),
-            Preset("fastest-phone", "fastest on a mid-range phone", "em_assistant", "latency", keep=0.9, device="galaxy-s22",
+                   meaning="at least 0.95 times the original's exact match on assistant; of those, the fewest bytes; arithmetic is not "
+                   "asked for, and may go"),
+            Preset("fastest-phone", "fastest on a phone of 2022", "em_assistant", "latency", keep=0.9, device="galaxy-s22",
                    meaning="at least 0.9 times the original's exact match on assistant; of those, the fewest modelled milliseconds on "
-                   "a Galaxy S22, a top phone of 2022"),
+                   "a Galaxy S22, a top phone of its year"),
             Preset("lossless", "near-lossless and small", "kld", "size", limit=0.01,
                    meaning="KL divergence of at most 0.01 nats per token on prose and code; of those, the fewest bytes"),
             Preset("phone-2gb", "a 1.5B model in a 2 GB phone", "em_assistant", "quality", size_share=0.16, device="redmi-6a",
@@ -251,7 +267,10 @@ def anchor(sweep: Sweep, rows: np.ndarray | None = None) -> int | None:
 
 
 def apply(sweep: Sweep, preset: Preset | str, state: State) -> State:
-    """`state` with the preset's metric, objective, device and budgets; filters, context and pins stay. Raises ValueError."""
+    """`state` with the preset's metric, objective, device and budgets; filters, context and pins stay, with what they were picked from.
+
+    Raises ValueError.
+    """
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -331,6 +350,29 @@ def view(sweep: Sweep, state: State) -> View:
 
     return View(state, found, late, rows, inside, front(cost, size, late.value), front(cost, size), front(cost, late.value),
                 best(size, late.value, cost, inside, state.objective), int(inside.sum()), tuple(notes))  # fmt: skip
+
+
+def pinned(view: View, row: int) -> tuple[str, int]:
+    """(metric, number of rows) that `row` was picked from if it is pinned while `view` is looked at; ("", 1) for a row like any other.
+
+    The best row and those on a front stand out by their results: whoever pins one has searched, by hand or not. It was picked from the
+    rows within the budgets; one that lies outside of them (on a front, which ends at no budget) from all that pass the filters.
+    """
+    if row != view.best and not (view.front[row] or view.front_size[row] or view.front_latency[row]):
+        return "", 1
+    return view.state.metric, view.picked_from if view.inside[row] else int(view.rows.sum())
+
+
+def pin(sweep: Sweep, state: State, **pins: str) -> State:
+    """`state` with pins set (`pin_a`, `pin_b`: an id, "" for none), each with what it was picked from in the view of `state`.
+
+    Raises KeyError for an id that the sweep does not have, ValueError for another name.
+    """
+    if unknown := sorted(set(pins) - {"pin_a", "pin_b"}):
+        raise ValueError(f"{unknown[0]}={pins[unknown[0]]!r} is no pin; use pin_a or pin_b")
+    seen = view(sweep, state)
+    found = {"from" + name.removeprefix("pin"): pinned(seen, sweep.index(id)) if id else ("", 1) for name, id in pins.items()}
+    return replace(state, **pins, **found)
 
 
 @lru_cache(maxsize=64)

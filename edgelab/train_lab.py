@@ -52,7 +52,9 @@ class TemperatureControl:
         self.box = w.BoundedFloatText(
             temperature, min=0.1, max=20, step=0.1, description="temperature T", style=wide, layout={"width": "15em"}
         )
-        self.slider = w.FloatLogSlider(temperature, min=-1, max=1.3, step=0.02, readout=False, layout={"width": "14em"})
+        self.slider = w.FloatLogSlider(
+            temperature, min=-1, max=1.3, step=0.02, readout=False, continuous_update=False, layout={"width": "14em"}
+        )
         self.sentence, self.table = w.HTML(), w.HTML()
         self.figure = go.FigureWidget(layout={"template": plots.TEMPLATE, "height": 340, "margin": {"t": 30}})
         self.figure._config = self.figure._config | {"responsive": True}

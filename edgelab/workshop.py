@@ -6,8 +6,11 @@
       notebooks/, .../exercises  what participants work in
       handouts/                  each lesson as a page that opens offline and prints (`handouts`)
       teacher/                   timing plans (half a day, a day), checklist for the room, solved exercises
-      wheels/                    every package at its pinned version, for this platform (--no-wheels leaves them out)
-      SHA256SUMS                 of all files: `sha256sum --check SHA256SUMS`, which install.sh does first
+      wheels/                    our own, and every package at its pinned version for this platform (--no-wheels leaves those out)
+      SHA256SUMS                 of all files but teacher/'s, which has a list of its own: `sha256sum --check SHA256SUMS`
+
+Our own wheel is always in the kit and is installed by its path, never by name: what a public index calls "edgelab" is not ours.
+install.sh checks what it installs and runs (wheels, constraints, scripts), not the notebooks: people write in those, and may install again.
 
 Nothing in it is written by hand that can be counted: minutes come from the lessons' own *Takes* lines, from the exercises' minutes and
 from the length of their prose; sizes and memory in the checklist from the files and the lessons.
@@ -19,6 +22,7 @@ important ones where more lessons fit then.
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -72,9 +76,9 @@ class Lesson:
         return self.name[:2]
 
     def minutes(self, least: int = 1) -> int:
-        """Of talk, running, and the exercises of importance `least` and more; a multiple of 5."""
+        """Of talk, running, and the exercises of importance `least` and more; rounded up to a multiple of 5."""
         exercises = sum(m for _, m, importance in self.exercises if importance >= least)
-        return max(5, 5 * round((self.words / TALK + self.runs_minutes + exercises) / 5))
+        return max(5, 5 * math.ceil((self.words / TALK + self.runs_minutes + exercises) / 5))
 
 
 _COUNTS = {"half": 0.5, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "ten": 10}
@@ -210,7 +214,7 @@ def checklist(lessons: Sequence[Lesson], wheel_bytes: int) -> str:
     size = (
         f"{wheel_bytes / 1e6:,.0f} MB of wheels"
         if wheel_bytes
-        else "no wheels: it was made with --no-wheels, so installing needs a network"
+        else "no wheels but edgelab's own: the kit was made with --no-wheels, so installing needs a network"
     )
     return f"""# Checklist for the room
 
@@ -220,13 +224,14 @@ def checklist(lessons: Sequence[Lesson], wheel_bytes: int) -> str:
   takes up to {most:g} GB), 6 GB of disk: {size}, and what they unpack to.
 - [ ] `./install.sh` on one machine *with its network off*. It ends with `edgelab doctor`; everything there says "ok".
 - [ ] `./start.sh` on it: JupyterLab shows the lessons; run `00_start_here.ipynb` to its end.
-- [ ] The solved exercises in `teacher/solutions` run on it.
+- [ ] The solved exercises in `teacher/solutions` run on it. `cd teacher && sha256sum --check SHA256SUMS` checks that folder.
 - [ ] Print `handouts/` for who reads on paper; each is one page file, and prints without folds being lost if they are opened first.
 
 ## The day before
 
-- [ ] The folder is on every machine, or on as many USB sticks as rows: `sha256sum --check SHA256SUMS` on each copy.
+- [ ] The folder, without `teacher/`, is on every machine, or on as many USB sticks as rows: `sha256sum --check SHA256SUMS` on each copy.
 - [ ] `./install.sh` on all machines. The first run of a lesson compiles kernels (about twenty seconds, once): run `00` everywhere.
+  It may run again at any time, also after somebody saved a notebook: it checks only what it installs.
 - [ ] Power at each seat: compressing models empties a battery, which lesson 09 then shows.
 - [ ] A projector that shows 1280 pixels in width; browser zoom at 125 %.
 
@@ -247,7 +252,7 @@ def readme(lessons: Sequence[Lesson], wheels: bool) -> str:
     how = (
         "./install.sh       # makes .venv from wheels/, without a network, and looks whether all is well"
         if wheels
-        else ("./install.sh       # makes .venv; it needs a network, for this kit was made without wheels")
+        else "./install.sh       # makes .venv; it needs a network, for this kit was made without the other packages' wheels"
     )
     listed = "\n".join(f"- `notebooks/{lesson.name}.ipynb`: {lesson.claim}" for lesson in lessons)
     return f"""# edgelab: a workshop
@@ -261,20 +266,24 @@ The lessons, each also as a page to read or print in `handouts/`, with exercises
 
 {listed}
 
-For who teaches: `teacher/half-day.md`, `teacher/full-day.md` (also .html), `teacher/checklist.md`, and `teacher/solutions/`.
-`SHA256SUMS` lists every file: `sha256sum --check SHA256SUMS`.
+For who teaches, where this copy has the folder: `teacher/half-day.md`, `teacher/full-day.md` (also .html), `teacher/checklist.md`, and
+`teacher/solutions/`. `SHA256SUMS` lists every other file, `teacher/SHA256SUMS` those: `sha256sum --check SHA256SUMS`.
 """
 
 
 _INSTALL = """#!/bin/sh
-# Makes .venv beside this script. With wheels/ nothing is fetched from anywhere.
+# Makes .venv beside this script. @FETCHES@ edgelab itself is the wheel in wheels/, whatever an index may call so.
+# What is installed and run is checked first. Notebooks are not: people write in them, and may install again.
 set -eu
 cd "$(dirname "$0")"
 PYTHON="${PYTHON:-python3}"
-sha256sum --quiet --check SHA256SUMS || { echo "a file is not as it was made: copy the folder again" >&2; exit 1; }
+grep -E '  (wheels/.*|constraints\\.txt|install\\.sh|start\\.sh)$' SHA256SUMS | sha256sum --quiet --check - || {
+  echo "a file is not as it was made: copy the folder again" >&2
+  exit 1
+}
 @CHECK@
 "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --disable-pip-version-check --quiet @FROM@ --constraint constraints.txt "@WHAT@"
+.venv/bin/python -m pip install --disable-pip-version-check --quiet @FROM@ --constraint constraints.txt "./wheels/@WHEEL@[@EXTRAS@]"
 mkdir -p .venv/share/jupyter/lab/settings
 echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > .venv/share/jupyter/lab/settings/overrides.json
 HF_HUB_OFFLINE=1 .venv/bin/edgelab doctor
@@ -290,6 +299,7 @@ END"""
 _START = """#!/bin/sh
 # JupyterLab on the lessons, on this machine alone.
 cd "$(dirname "$0")"
+[ "$(id -u)" != 0 ] || set -- --allow-root "$@" # as root, in a container, Jupyter starts only if it is told that this is meant
 export HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
 exec .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks --LabApp.news_url=None \\
   --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate "$@"
@@ -343,23 +353,41 @@ def make(
             write(folder / "teacher" / f"{file}.html", handouts.of_markdown(f"Plan: {name}", text))
         _copy(root / "constraints.txt", folder / "constraints.txt")
         size = collect(folder / "wheels", root, index) if wheels else 0
+        own = next((folder / "wheels").glob("edgelab-*.whl")) if wheels else own_wheel(folder / "wheels", root)
         text = checklist(lessons, size)
         write(folder / "teacher" / "checklist.md", text)
         write(folder / "teacher" / "checklist.html", handouts.of_markdown("Checklist for the room", text))
         write(folder / "README.md", readme(lessons, wheels))
         write(folder / "index.html", handouts.page("edgelab: a workshop", _index(lessons)))
-        what = f"edgelab[{EXTRAS}]=={edgelab.__version__}" if wheels else f"edgelab[{EXTRAS}]"
-        install = _INSTALL.replace("@CHECK@\n", f"{_CHECK}\n" if wheels else "").replace("@WHAT@", what)
-        install = install.replace("@FROM@", "--no-index --find-links wheels" if wheels else "")
-        for name, script in (("install.sh", install), ("start.sh", _START)):
+        for name, script in (("install.sh", installer(own.name, wheels)), ("start.sh", _START)):
             write(folder / name, script).chmod(0o755)
         write(folder / MARKER, json.dumps({"format": 1, "edgelab": edgelab.__version__, "wheels": wheels}) + "\n")
-        write(folder / "SHA256SUMS", "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in _files(folder)))
+        teacher = folder / "teacher"
+        _write_sums(teacher, _files(teacher))
+        _write_sums(folder, [p for p in _files(folder) if not p.is_relative_to(teacher)])
     return out
+
+
+def installer(wheel: str, offline: bool) -> str:
+    """The text of install.sh: it installs wheels/`wheel` by its path; `offline`: and everything else out of wheels/ too."""
+    text = _INSTALL.replace("@CHECK@\n", f"{_CHECK}\n" if offline else "").replace("@WHEEL@", wheel).replace("@EXTRAS@", EXTRAS)
+    text = text.replace(
+        "@FETCHES@", "Nothing is fetched from anywhere." if offline else "Other packages come from the index that pip uses."
+    )
+    return text.replace("@FROM@ ", "--no-index --find-links wheels " if offline else "")
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS" and ".venv" not in p.relative_to(folder).parts)
+
+
+def _write_sums(folder: Path, files: Sequence[Path]) -> None:
+    write(folder / "SHA256SUMS", "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("  ", 1)[::-1] for line in lines)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -375,7 +403,17 @@ def _index(lessons: Sequence[Lesson]) -> str:
         f'<a href="teacher/{f}.html">{t}</a>' for f, t in (("half-day", "half a day"), ("full-day", "a day"), ("checklist", "the room"))
     )
     table = f"<table><tr><th>lesson</th><th>with exercises</th><th>claim</th></tr>{rows}</table>"
-    return f"<h1>edgelab: a workshop</h1>{table}<p>For who teaches: {teacher}.</p>"
+    return f"<h1>edgelab: a workshop</h1>{table}<p>For who teaches, where this copy has the folder: {teacher}.</p>"
+
+
+def own_wheel(folder: Path, root: Path = ROOT) -> Path:
+    """The path of edgelab's wheel in `folder`, made from the checkout. Raises RuntimeError with pip's last words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    if importlib.util.find_spec("hatchling"):  # the build backend is here: nothing has to be fetched for the build
+        command.append("--no-build-isolation")
+    _run([*command, str(root)], "making edgelab's wheel")
+    return next(folder.glob("edgelab-*.whl"))
 
 
 def collect(folder: Path, root: Path = ROOT, index: str | None = None) -> int:
@@ -391,7 +429,8 @@ def collect(folder: Path, root: Path = ROOT, index: str | None = None) -> int:
     here = {"python": "{}.{}".format(*sys.version_info[:2]), "system": platform.system(), "machine": platform.machine()}
     write(folder / "PLATFORM.json", json.dumps(here) + "\n")
     offline = ["--no-index", "--find-links", str(folder), "--dry-run", "--ignore-installed", "--quiet"]
-    _run([*pip, "install", *offline, *pinned, f"edgelab[{EXTRAS}]=={edgelab.__version__}"], "resolving from the wheels alone")
+    own = next(folder.glob("edgelab-*.whl"))
+    _run([*pip, "install", *offline, *pinned, f"{own}[{EXTRAS}]"], "resolving from the wheels alone")
     return sum(p.stat().st_size for p in folder.glob("*.whl"))
 
 
@@ -421,7 +460,11 @@ def check(folder: str | Path, *, run: Sequence[str] | None = None, root: Path = 
     folder = Path(folder)
     if not (folder / "SHA256SUMS").is_file():
         raise FileNotFoundError(f"{folder} holds no SHA256SUMS: it is no kit, or half of one")
-    listed = dict(line.split("  ", 1)[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
+    if (folder / "teacher").is_dir() and not (folder / "teacher" / "SHA256SUMS").is_file():
+        raise FileNotFoundError(f"{folder / 'teacher'} holds no SHA256SUMS: the folder is half of one; make the kit again")
+    listed = _read_sums(folder)
+    if (folder / "teacher").is_dir():  # a participant's copy has none
+        listed |= {f"teacher/{name}": told for name, told in _read_sums(folder / "teacher").items()}
     there = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     wrong = [f"{name} is listed and not there" for name in sorted(set(listed) - set(there))]
     wrong += [f"{name} is there and not listed" for name in sorted(set(there) - set(listed))]
@@ -446,7 +489,7 @@ def main(argv: list[str] | None = None, tell: Callable[[str], None] = print) -> 
 
     p = argparse.ArgumentParser(prog="python -m edgelab.workshop", description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path("dist/workshop"), help="the folder (default: dist/workshop)")
-    p.add_argument("--no-wheels", action="store_true", help="leave out the packages: small, but installing needs a network")
+    p.add_argument("--no-wheels", action="store_true", help="leave out all packages but our own: small, but installing needs a network")
     p.add_argument("--index", metavar="URL", help="one more package index, such as https://download.pytorch.org/whl/cpu")
     p.add_argument("--execute", action="store_true", help="run the solved exercises, so that they show their outputs (minutes)")
     p.add_argument("--tar", action="store_true", help="write OUT.tar too: one file to carry")

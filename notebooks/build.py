@@ -4,6 +4,7 @@
     python notebooks/build.py 00 01             those whose names begin so
     python notebooks/build.py --exercises       write notebooks/exercises/*.ipynb alone: nothing is executed, it takes seconds
     python notebooks/build.py --check           write nothing: compare cells with the sources, and execute a copy
+    python notebooks/build.py --times           write nothing: execute a copy of each, and print a table of its seconds and the sum
     python notebooks/build.py --solutions DIR   write notebooks with the exercises solved into DIR (--execute: and run them)
 
 One source makes three notebooks. In a source an exercise is a row of tagged cells (`TAGS`): question, stub, check, hint,
@@ -16,6 +17,9 @@ not stop a kernel, so it would pass unseen), and the file stays below 200 kB. Wi
 (one plotly FigureWidget carries 5 MB of JavaScript); what remains are the static outputs, which a code host can show.
 Cell ids depend on the name and the position alone, and no time of day is recorded, so that a rebuild changes
 only what a cell printed.
+
+Seconds are those of the clock from the kernel's start to the last cell, on this machine and whatever else it does; they are printed
+and stored nowhere. EDGELAB_NOTEBOOK_SECONDS=300 makes `--check` refuse a notebook that took longer; unset, no time is refused.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +47,7 @@ MAX_BYTES = 200_000
 MAX_EXERCISE_BYTES = 100_000
 MAX_WIDGET_BYTES = 20_000
 CELL_TIMEOUT_S = 600
+BOUND = "EDGELAB_NOTEBOOK_SECONDS"
 _STATE, _VIEW = "application/vnd.jupyter.widget-state+json", "application/vnd.jupyter.widget-view+json"
 _ALERT = re.compile(r"<\w+[^>]*role=\"alert\"[^>]*>\s*(?!</)(.+)", re.DOTALL)  # how our widgets say an error (edgelab/widgets.py)
 _KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -395,10 +401,43 @@ def chosen(prefixes: list[str], folder: Path = HERE) -> list[Path]:
     return [s for s in sources if not prefixes or s.name.startswith(tuple(prefixes))]
 
 
-def build(source: Path, folder: Path = HERE) -> Path:
-    """The path of the notebook of `source`, executed and written, whole or not at all; its exercises are written beside it."""
+def _ran(source: Path, folder: Path, seconds: dict[str, float] | None) -> NotebookNode:
+    """The reading copy of `source`, executed; how long that took goes into `seconds` under its name, also where it failed."""
+    notebook, began = generate(source), time.perf_counter()
+    try:
+        return execute(notebook, folder)
+    finally:
+        if seconds is not None:
+            seconds[source.stem] = time.perf_counter() - began
+
+
+def allowed_seconds() -> float | None:
+    """What EDGELAB_NOTEBOOK_SECONDS allows a notebook to take, None where it is not set. Raises ValueError for what is no such number."""
+    if not (told := os.environ.get(BOUND, "").strip()):
+        return None
+    try:
+        allowed = float(told)
+    except ValueError:
+        allowed = 0.0
+    if not 0 < allowed < float("inf"):
+        raise ValueError(f"{BOUND}={told!r}: give seconds, such as {BOUND}=300, or leave it unset")
+    return allowed
+
+
+def times(seconds: dict[str, float]) -> str:
+    """A table of seconds per notebook, and their sum."""
+    width = max(map(len, [*seconds, "all"]))
+    lines = [f"{name:<{width}}  {took:7.1f} s" for name, took in [*seconds.items(), ("all", sum(seconds.values()))]]
+    return "\n".join([*lines, f"(the clock's, on {os.cpu_count()} processors, with whatever else ran on them)"])
+
+
+def build(source: Path, folder: Path = HERE, seconds: dict[str, float] | None = None) -> Path:
+    """The path of the notebook of `source`, executed and written, whole or not at all; its exercises are written beside it.
+
+    `seconds`: is told how long the cells took.
+    """
     target = folder / f"{source.stem}.ipynb"
-    text = accept(execute(generate(source), folder), target.name)
+    text = accept(_ran(source, folder, seconds), target.name)
     write_exercises(source, folder)
     return _write(target, text)
 
@@ -438,8 +477,9 @@ def _write(target: Path, text: str) -> Path:
     return target
 
 
-def check(source: Path, folder: Path = HERE) -> list[str]:
-    """What is wrong with the stored notebook of `source`; empty if it is in step, below the size and runs."""
+def check(source: Path, folder: Path = HERE, seconds: dict[str, float] | None = None) -> list[str]:
+    """What is wrong with the stored notebook of `source`; empty if it is in step, below the size and runs (`seconds`: as in `build`)."""
+    allowed, seconds = allowed_seconds(), {} if seconds is None else seconds
     target = folder / f"{source.stem}.ipynb"
     try:
         wrong = differences(source, target) + exercise_differences(source, folder)
@@ -450,9 +490,11 @@ def check(source: Path, folder: Path = HERE) -> list[str]:
             wrong.append(f"{target.name} has {target.stat().st_size} bytes, {MAX_BYTES} are allowed")
         wrong += [f"{target.name} holds an error: {e}" for e in hidden_errors(nbformat.read(target, as_version=4))]
     try:
-        accept(execute(generate(source), folder), target.name)
+        accept(_ran(source, folder, seconds), target.name)
     except (CellExecutionError, ValueError) as error:
         wrong.append(f"{source.name} does not run: {error}")
+    if allowed is not None and (took := seconds.get(source.stem, 0.0)) > allowed:
+        wrong.append(f"{source.name} took {took:.1f} s, {BOUND} allows {allowed:g}")
     return wrong
 
 
@@ -460,34 +502,41 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python notebooks/build.py", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="beginnings of names, such as 00 (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a notebook is out of step or fails")
+    parser.add_argument("--times", action="store_true", help="write nothing; execute a copy of each and print a table of seconds")
     parser.add_argument("--exercises", action="store_true", help="write notebooks/exercises/*.ipynb alone, and execute nothing")
     parser.add_argument("--solutions", type=Path, metavar="DIR", help="write notebooks with the exercises solved into DIR")
     parser.add_argument("--execute", action="store_true", help="with --solutions: run them")
     args = parser.parse_args(argv)
-    if sum((args.check, args.exercises, args.solutions is not None)) > 1 or (args.execute and args.solutions is None):
-        parser.error("--check, --exercises and --solutions go one at a time, and --execute with --solutions")
+    if sum((args.check, args.times, args.exercises, args.solutions is not None)) > 1 or (args.execute and args.solutions is None):
+        parser.error("--check, --times, --exercises and --solutions go one at a time, and --execute with --solutions")
     try:
         sources = chosen(args.names)
+        allowed_seconds()
     except ValueError as error:
         parser.error(str(error))
-    wrong = []
+    wrong, seconds = [], {}
     if not args.names:
         wrong += strays()
     for source in (bar := tqdm(sources, unit="notebook")):
         bar.set_description(source.stem)
         if args.check:
-            wrong += check(source)
+            wrong += check(source, seconds=seconds)
             continue
         try:
-            if args.exercises:
+            if args.times:
+                _ran(source, HERE, seconds)
+            elif args.exercises:
                 write_exercises(source)
             elif args.solutions is not None:
                 write_solutions(source, args.solutions, args.execute)
             else:
-                build(source)
+                build(source, seconds=seconds)
         except (CellExecutionError, ValueError) as error:
             wrong.append(f"{source.name}: {error}")
-    print("\n".join(wrong) or f"{len(sources)} notebooks {'are in step and run' if args.check else 'written'}", file=sys.stderr)
+    if seconds:
+        print(times(seconds))
+    done = "are in step and run" if args.check else "ran" if args.times else "written"
+    print("\n".join(wrong) or f"{len(sources)} notebooks {done}", file=sys.stderr)
     return int(bool(wrong))
 
 

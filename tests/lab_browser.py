@@ -400,12 +400,14 @@ class Opened:
         return now
 
     def cut_off(self) -> list[str]:
-        """What sticks out of the cell to the right: controls, sentence, plot, and tables that can't be scrolled."""
+        """What sticks out of the cell to the right (controls, sentence, plot, tables that can't be scrolled), and labels that are cut."""
         return self.view.evaluate(
             "v => { const right = v.closest('.jp-OutputArea-child, .jp-OutputArea').getBoundingClientRect().right + 1;"
             " const scrolls = e => { for (; e && e !== v; e = e.parentElement)"
             " if (['auto', 'scroll'].includes(getComputedStyle(e).overflowX)) return true; return false };"
-            " return [...v.querySelectorAll('select, input, button, p, table, .main-svg, [role=slider]')]"
-            " .filter(e => e.getBoundingClientRect().right > right && !scrolls(e.parentElement) && !e.closest('.modebar'))"
+            " const out = e => e.getBoundingClientRect().right > right && !scrolls(e.parentElement) && !e.closest('.modebar');"
+            " const short = e => e.matches('.widget-label') && e.scrollWidth > e.clientWidth + 1;"
+            " return [...v.querySelectorAll('select, input, button, p, table, .main-svg, [role=slider], .widget-label')]"
+            " .filter(e => e.offsetParent !== null).filter(e => out(e) || short(e))"
             " .map(e => e.outerHTML.slice(0, 80)) }"
         )

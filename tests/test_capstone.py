@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgelab import Recipe, data
+from edgelab import Recipe, Rtn, data
 from edgelab import capstone as cap
 from edgelab import capstone_lab as lab
 from edgelab.capstone import Board, Capstone, Challenge, Entry, difference, items, leak, mean_interval, ranked
@@ -120,6 +121,13 @@ def test_a_leak_is_found_as_text_and_not_inside_of_another(contest):
     end = tokenizer.eos_token
     assert leak(batch(f"{end}37+12=94{end}17+12=92{end}"), tokenizer, held_out) is None
     assert leak(batch(f"{end}37+12=94{end}7+12=91{end}"), tokenizer, held_out) == "7+12=91"
+    for text in ("ok 7+12=91", "7+12=91\n.", "1+1=20\n7+12=91\n3+3=60", "7+12=91"):
+        assert leak(batch(text), tokenizer, held_out) == "7+12=91", text
+    for text in ("37+12=91", "7+12=914", "a7+12=91", "7+12=19"):
+        assert leak(batch(text), tokenizer, held_out) is None, text
+    (ids,) = batch(f"1+1=20{end}7+12=91{end}3+3=60{end}")
+    cut = ids[:, : ids.shape[1] // 2 * 2].reshape(2, -1)
+    assert leak([cut], tokenizer, held_out) == "7+12=91", "an item that runs on from one row to the next"
 
 
 # ----------------------------------------------------------------------------------------------------------- entries
@@ -262,6 +270,18 @@ def test_other_questions_are_answered_by_what_lies_on_disk(contest):
     assert next(p.entry.name for p in board.places()) == "phone" and len(contest.board.entries) == 2
     with pytest.raises(ValueError, match="is the seed of this board"):
         contest.rescore(seed=12)
+    assert a.sha256 == cap.weights_sha256(contest.folder / a.folder) and len(a.sha256) == 64
+    from edgelab.bundle import save_bundle
+    from edgelab.compress import compress
+    from edgelab.model import load
+
+    better = Recipe.uniform("int2-g32", method=Rtn(mse_grid=8))  # as many bytes, other codes, and a manifest that says so
+    made = compress(load(data_dir() / "edge-moe"), better, progress=False)
+    shutil.rmtree(contest.folder / a.folder)
+    save_bundle(made.model, contest.tokenizer, contest.folder / a.folder, recipe=made.recipe, coverage=made.coverage)
+    assert cap.file_bytes(contest.folder / a.folder) == a.weight_bytes
+    with pytest.raises(ValueError, match="was changed after 'int2' was submitted"):
+        contest.rescore(seed=79)
     file = next((contest.folder / a.folder).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")
     with pytest.raises(ValueError, match="was changed"):

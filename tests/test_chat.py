@@ -230,6 +230,7 @@ def test_enter_sends_what_was_typed_and_leaving_the_box_does_not():
     while len(chat.turns) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [t for t, _ in chat.turns] == ["hi", "unchanged"]
+    chat.wait(5)
     submit(chat, "   ")
     assert len(chat.turns) == 2 and not chat.busy
 

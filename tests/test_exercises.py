@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import sys
 import time
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -361,3 +362,42 @@ def test_what_the_module_offers_is_documented():
     tree = ast.parse(Path(exercises.__file__).read_text(encoding="utf-8"))
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
     assert [n.name for n in public if not ast.get_docstring(n)] == []
+
+
+# ------------------------------------------------------------------------------------------- right answers in other forms
+
+
+def test_an_answer_may_have_the_form_of_the_reader_s_tools():
+    import torch
+
+    from edgelab import clip_lab, device_lab, export_lab, start_lab
+
+    for four in (4, 4.0, [4], np.array(4), torch.tensor(4), torch.tensor(4.0, requires_grad=True)):
+        assert clip_lab.check_bins_kept(four).passed, four
+    assert start_lab.check_kl(torch.tensor(0.0268, requires_grad=True)).passed
+    assert export_lab.check_block(lambda s, c: bytes(export_lab.q4_0_block(s, c))).passed
+    assert (
+        export_lab.check_varint(lambda n: bytearray(export_lab.varint(n))).passed
+        and export_lab.check_varint(lambda n: bytes(export_lab.varint(n))).passed
+    )
+    assert not export_lab.check_varint(lambda n: bytes([n % 256])).passed
+    three = [Case("one and two", (1.0, 2.0))]
+    for form in (list, tuple, np.array, torch.tensor):
+        said = check_function(lambda a, b, form=form: form([a, b, a + b]), lambda a, b: (a, b, a + b), three, "three numbers", "so",
+                              parts=("a", "b", "sum"))  # fmt: skip
+        assert said.passed, (form, said)
+    two = check_function(lambda a, b: np.array([a, b]), lambda a, b: (a, b, a + b), three, "three numbers", "so", parts=("a", "b", "sum"))
+    assert "asked are 3 things" in two and not two.passed
+    assert "MiB" in device_lab.check_cache(128) and not device_lab.check_cache(128).passed
+
+
+def test_near_misses_are_told_apart():
+    from edgelab import clip_lab, start_lab
+
+    keep, clip = (60 / 127) ** 2 / 12, 56**2 / 1e5
+    assert clip_lab.check_costs(0.0314, 0.0186).passed
+    for wrong in ((clip, (60 / 128) ** 2 / 12), (clip, (120 / 255) ** 2 / 12), (55**2 / 1e5, keep), (57**2 / 1e5, keep)):
+        assert not clip_lab.check_costs(*wrong).passed, wrong
+    assert "60 / 127" in clip_lab.check_costs(clip, (120 / 255) ** 2 / 12)
+    default = start_lab.check_zlib(lambda text: 8 * len(zlib.compress(text.encode())) / len(text.encode()))
+    assert not default.passed and "level 9" in default

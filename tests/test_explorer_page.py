@@ -258,6 +258,8 @@ def test_the_verdict_on_two_is_the_same(opened, sweep):
             ), (name, comp[name], getattr(ref, name))  # fmt: skip
         if not ref.refused:
             assert comp["said"] == ref.said
+            for name in ("p", "low", "high", "ratio_low", "ratio_high"):
+                assert comp[name] == getattr(ref, name), "to the last bit"
         better[ref.better] += 1
     assert all(better.values())
 
@@ -373,7 +375,9 @@ def test_points_are_chosen_and_pinned_by_keyboard_alone(opened, sweep):
     tab.keyboard.press("Enter")
     now = state_of(tab)
     assert now["pin_a"] == sweep["id"][smallest] and now["chosen"] == now["pin_b"] not in ("", now["pin_a"])
-    ref = tradeoff.compare(sweep, now["pin_a"], now["pin_b"], now["metric"])
+    ref = tradeoff.pin(sweep, State(**explorer_page._first(sweep)), pin_a=now["pin_a"], pin_b=now["pin_b"])
+    assert [now["from_a"], now["from_b"]] == [list(ref.from_a), list(ref.from_b)]
+    ref = tradeoff.compare(sweep, now["pin_a"], now["pin_b"], now["metric"], picked_from=ref.searched)
     assert ref.said in tab.inner_text("#compare-say")
     assert tab.locator("#compare tbody tr").count() == len(METRICS) + 2
     tab.focus("#front button[data-act=choose]")
@@ -427,6 +431,73 @@ def test_a_click_chooses_and_a_drag_brushes(opened, sweep):
 
 
 @browser_test
+def test_a_pin_remembers_what_it_was_picked_from_as_in_python(opened, sweep):
+    tab, state = opened(), State(**explorer_page._first(sweep))
+    v = tradeoff.view(sweep, state)
+    worst = int(np.flatnonzero(v.rows & ~(v.front | v.front_size | v.front_latency))[0])
+    front = next(int(i) for i in np.flatnonzero(v.front) if i != v.best)
+    for row in (v.best, front, worst, int(np.flatnonzero(v.front & ~v.inside)[0])):
+        tab.evaluate("patch => edgelab.set(patch)", {"pin_a": sweep["id"][row], "pin_b": sweep["id"][worst]})
+        now, ref = state_of(tab), tradeoff.pin(sweep, state, pin_a=sweep["id"][row], pin_b=sweep["id"][worst])
+        assert (now["from_a"], now["from_b"]) == (list(ref.from_a), list(ref.from_b))
+    tab.evaluate("patch => edgelab.set(patch)", {"pin_a": sweep["id"][v.best]})
+    words = f"picked from {v.picked_from:,} by how it did"
+    settled(tab)
+    assert words in tab.inner_text("#compare-say")
+    tab.click("[data-preset=keep95]")
+    settled(tab)
+    assert words in tab.inner_text("#compare-say"), "a preset is no pin"
+    tab.click("#swap")
+    settled(tab)
+    assert words in tab.inner_text("#compare-say") and state_of(tab)["from_b"] == ["em_assistant", v.picked_from]
+    again = opened("#" + tab.evaluate("location.hash.slice(1)"))
+    settled(again)
+    assert words in again.inner_text("#compare-say"), "a link brings the count along"
+    tab.select_option("#metric", "em_arithmetic")
+    settled(tab)
+    assert "by how it did" not in tab.inner_text("#compare-say"), "it was picked by another metric"
+
+
+@browser_test
+def test_labels_with_markup_make_no_element_in_the_page(opened, sweep, tmp_path):
+    from dataclasses import replace
+
+    labels = sweep["label"].copy()
+    labels[:] = [f"<img src=x onerror=alert(1)></script><script>alert(2)</script> {text}" for text in labels]
+    bad = replace(sweep, columns={**sweep.columns, "label": labels})
+    tab = opened(path=explorer_page.write(tmp_path / "bad.html", bad))
+    dialogs = []
+    tab.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
+    tab.click("#against")
+    tab.click("#all-summary")
+    tab.click("#layers-box summary")
+    tab.focus("#plot-box")
+    tab.keyboard.press("Home")
+    settled(tab)
+    assert "<img src=x" in tab.inner_text("#say") and "<img src=x" in tab.inner_text("#tip"), "shown as text"
+    assert tab.locator("img").count() == 0 and tab.locator("script").count() == 4 and dialogs == []
+
+
+@browser_test
+def test_a_drag_straight_up_zooms_one_axis_only(opened):
+    tab = opened()
+    x, y, before = tab.evaluate(
+        "() => { const p = edgelab.panel(0), b = document.querySelector('#plot').getBoundingClientRect();"
+        " return [b.left + (p.left + p.right) / 2, b.top + p.top + 20, p.x.range] }"
+    )
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    tab.mouse.move(x, y + 120, steps=4)
+    tab.mouse.up()
+    settled(tab)
+    assert tab.evaluate("edgelab.panel(0).x.range") == before and tab.evaluate("edgelab.drawn()") > 1
+    low, high = tab.evaluate("edgelab.panel(0).y.range")
+    assert high > low
+    tab.evaluate("patch => edgelab.set(patch)", {})
+    assert tab.evaluate("edgelab.panel(0).x.range") == before
+
+
+@browser_test
 def test_a_link_brings_the_view_back(opened, sweep):
     tab = opened()
     tab.click("[data-preset=lossless]")
@@ -436,7 +507,7 @@ def test_a_link_brings_the_view_back(opened, sweep):
     now = state_of(tab)
     again = opened("#" + tab.evaluate("location.hash.slice(1)"))
     assert state_of(again) == now
-    for bad in ("#metric=speed", "#size_limit=-1", "#pin_a=nobody", "#filters=[", "#what=1", "#device=abacus"):
+    for bad in ("#metric=speed", "#size_limit=-1", "#pin_a=nobody", "#filters=[", "#what=1", "#from_a=kld,0", "#device=abacus"):
         again.evaluate("hash => { location.hash = hash }", bad)
         settled(again)
         assert "The link does not fit this page" in again.inner_text("#alert"), bad

@@ -38,7 +38,36 @@ def course(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_notebook_is_in_step_and_runs(source):
-    assert build.check(source) == []
+    seconds = {}
+    assert build.check(source, seconds=seconds) == []
+    print(build.times(seconds))
+
+
+def test_seconds_are_told_and_stored_nowhere_and_a_bound_is_kept_where_one_is_set(course, monkeypatch, capsys):
+    folder, add = course
+    source = add("00_a", "# %%\nimport time\n\ntime.sleep(0.5)\n")
+    seconds = {}
+    target = build.build(source, folder, seconds)
+    assert 0.5 < seconds["00_a"] < 300
+    before = target.read_bytes()
+    assert build.build(source, folder).read_bytes() == before, "another run took another time, and the file does not say so"
+    assert build.times({"00_a": 61.04, "01_bc": 2.5}).splitlines()[:3] == ["00_a      61.0 s", "01_bc      2.5 s", "all       63.5 s"]
+    monkeypatch.setenv(build.BOUND, "0.4")
+    (slow,) = build.check(source, folder)
+    assert slow.startswith("00_a.py took ") and slow.endswith("EDGELAB_NOTEBOOK_SECONDS allows 0.4")
+    monkeypatch.setenv(build.BOUND, "300")
+    assert build.check(source, folder) == []
+    for wrong in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv(build.BOUND, wrong)
+        with pytest.raises(ValueError, match=f"EDGELAB_NOTEBOOK_SECONDS='{wrong}'"):
+            build.check(source, folder)
+    monkeypatch.delenv(build.BOUND)
+    monkeypatch.setattr(build, "HERE", folder)
+    monkeypatch.setattr(build, "chosen", lambda names: [source])
+    stamp = target.stat().st_mtime_ns
+    assert build.main(["--times", "00"]) == 0 and target.stat().st_mtime_ns == stamp
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("00_a ") and printed[1].startswith("all ") and printed[0].endswith(" s")
 
 
 def test_no_notebook_without_a_source():

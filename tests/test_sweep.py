@@ -202,6 +202,30 @@ def test_errors_are_kept_and_do_not_stop_the_sweep(tmp_path):
         assert (tally.measured, tally.failed, tally.known) == (1, 0, 19) and store.done() == set(jobs) and store.errors() == {}
 
 
+@pytest.mark.parametrize("how", ["serial", "joblib", "search"])
+def test_a_figure_that_is_not_finite_is_an_error_and_the_sweep_goes_on(tmp_path, how):
+    jobs = fake_jobs(6)
+    bad, worse, fine = list(jobs)[1], list(jobs)[3], list(jobs)[4]
+
+    def work(c):
+        row, nan, inf = fake_row(c), float("nan"), float("inf")
+        if fake_id(c) == fine:
+            return row | {"layer_error": [nan]}  # the schema has a place for it
+        if how == "search":
+            return row | ({"kld": nan} if c.bits == 4 else {})
+        return row | ({"kld": nan} if fake_id(c) == bad else {"doc_nll": [1.0, inf]} if fake_id(c) == worse else {})
+
+    with Store(tmp_path) as store:
+        if how == "search":
+            best = search(store, fake_id, work, 30, progress=False)
+            assert set(store.errors().values()) == {"ArithmeticError: not finite: kld"} and best and all(c.bits != 4 for c, _ in best)
+            return
+        tally = sweep(jobs, store, work, workers=2 if how == "joblib" else 1, progress=False)
+        assert (tally.measured, tally.failed) == (4, 2) and store.row(fine)["layer_error"] == [None]
+        assert store.errors() == {bad: "ArithmeticError: not finite: kld", worse: "ArithmeticError: not finite: doc_nll"}
+        assert sweep(jobs, store, work, progress=False).measured == 0
+
+
 def test_the_exported_file_does_not_depend_on_the_order_of_work(tmp_path):
     jobs, about = fake_jobs(60), {"format": 1, "seed": 0}
     files = []
@@ -387,6 +411,65 @@ def test_a_cluster_that_loses_a_worker_loses_and_doubles_nothing(tmp_path):
         assert store.rows(store.done()) == unbroken(tmp_path / "near", 60)
 
 
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    here = {"protocol": "tcp://", "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 50}
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, **here) as c:
+        print(c.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def cluster_elsewhere():
+    """(process, address) of a cluster in another process, which ends with the block."""
+    there = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=there, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        assert address.startswith("tcp://127.0.0.1:")
+        yield process, address
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_lost_leaves_rows_only_and_the_sweep_goes_on_elsewhere(tmp_path):
+    import dask
+
+    jobs = fake_jobs(40)
+
+    def work(c):
+        import time
+
+        time.sleep(0.05)
+        return fake_row(c)
+
+    def kill(process) -> None:
+        while kept(tmp_path) < 5:
+            time.sleep(0.01)
+        process.kill()
+
+    with Store(tmp_path) as store, dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+        with cluster_elsewhere() as (process, address):
+            killer = threading.Thread(target=kill, args=(process,), daemon=True)
+            killer.start()
+            with pytest.raises(ConnectionError, match="start a cluster again"):
+                sweep(jobs, store, work, scheduler=address, progress=False)
+            killer.join(timeout=10)
+        assert 5 <= len(store) < 40 and store.errors() == {}
+        before = len(store)
+        with cluster_elsewhere() as (_, address):
+            tally = sweep(jobs, store, work, scheduler=address, progress=False)
+        assert (tally.measured, tally.failed, tally.known) == (40 - before, 0, before) and store.done() == set(jobs)
+
+
 def test_what_is_missing_is_said_with_the_way_out(tmp_path, monkeypatch):
     with Store(tmp_path) as store:
         for module, settings, says in (
@@ -399,6 +482,8 @@ def test_what_is_missing_is_said_with_the_way_out(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "optuna", None)
         with pytest.raises(ImportError, match=r"edgelab\[sweep\]"):
             search(store, fake_id, fake_row, 2, progress=False)
+        with pytest.raises(ValueError, match="scheduler=''"):
+            sweep(fake_jobs(2), store, fake_row, scheduler="", progress=False)
         with pytest.raises(ValueError, match="workers=0"):
             sweep(fake_jobs(2), store, fake_row, workers=0, progress=False)
 
@@ -577,6 +662,32 @@ def test_a_row_says_what_the_model_is(real, six):
     assert len(real.documents) == 12 and len(fp["doc_nll"]) == 4 and len(fp["doc_exact"]) == 8
     sources = [(d["domain"], d["source"]) for d in real.documents]
     assert len(set(sources)) == len(sources)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--status"], "holds no sweep yet"),
+        (["--search", "3", "--device", "nokia"], "device='nokia' is not known"),
+        (["--search", "3", "--quality", "beauty"], "quality='beauty' is not one of kld, exact"),
+        (["--search", "3", "--limit", "2"], "leave out"),
+    ],
+)
+def test_the_command_line_refuses_before_it_works(tmp_path, monkeypatch, asked, says):
+    def never(_):
+        raise AssertionError("the bench was asked for")
+
+    monkeypatch.setattr(sweep_run, "bench", never)
+    said = CliRunner().invoke(cli_sweep.app, ["--store", str(tmp_path / "s"), *asked])
+    assert said.exit_code == 2 and says in said.output and "Traceback" not in said.output
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_question_about_no_store_loads_no_torch(tmp_path):
+    code = "import sys; from edgelab.cli import app\ntry: app()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    asked = [sys.executable, "-c", code, "sweep", "--status", "--store", str(tmp_path / "s")]
+    said = subprocess.run(asked, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert "holds no sweep yet" in said.stderr and said.stdout.strip() == "False"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import lab_browser
@@ -66,6 +67,8 @@ def test_every_lesson_says_what_a_plan_needs(source):
     lesson = workshop.lesson_of(source, BUILD)
     assert 0.25 <= lesson.runs_minutes <= 10 and lesson.words > 300 and lesson.claim.endswith(".")
     assert lesson.minutes(3) <= lesson.minutes(2) <= lesson.minutes(1) and lesson.minutes() % 5 == 0
+    exact = lesson.words / workshop.TALK + lesson.runs_minutes + sum(m for _, m, _ in lesson.exercises)
+    assert exact <= lesson.minutes() < exact + 5, "no lesson is given less than it needs"
 
 
 def test_plans_fit_into_their_day_and_nobody_sits_too_long():
@@ -110,7 +113,12 @@ def test_a_handout_shows_pictures_and_tables_and_loads_nothing(tmp_path):
         nbformat.v4.new_output(
             "display_data", {"text/html": "<table><tr><td>7</td></tr></table><script src='https://x.org/a.js'></script>"}
         ),
-        nbformat.v4.new_output("display_data", {"text/html": '<iframe src="http://127.0.0.1:1/"></iframe>'}),
+        nbformat.v4.new_output(
+            "display_data",
+            {
+                "text/html": '<iframe src="http://127.0.0.1:1/"></iframe><p>At <a href="http://127.0.0.1:1/" rel="x">http://127.0.0.1:1/</a>.</p>'
+            },
+        ),
         nbformat.v4.new_output("display_data", {"application/javascript": "fetch('https://x.org')"}),
     ]
     text = (
@@ -123,6 +131,7 @@ def test_a_handout_shows_pictures_and_tables_and_loads_nothing(tmp_path):
     assert "<title>02 · A title</title>" in page and "data:image/svg+xml" in page and "<td>7</td>" in page and "<details>" in page
     assert 'href="01_first.html"' in page and 'href="../notebooks/exercises/02_a.ipynb"' in page
     assert "x.org" not in page and "<script" not in page and "A page that was open here" in page
+    assert "127.0.0.1" not in page and "At an address of that kernel's own." in page
 
 
 @pytest.mark.parametrize(
@@ -154,8 +163,75 @@ def test_a_kit_is_whole_its_pages_load_nothing_and_its_solutions_are_right(kit):
     assert not any(
         "solution" in c.metadata.get("tags", []) for p in kit.glob("notebooks/exercises/*.ipynb") for c in nbformat.read(p, 4).cells
     )
-    listed = subprocess.run(["sha256sum", "--quiet", "--check", "SHA256SUMS"], cwd=kit, capture_output=True, text=True)
-    assert listed.returncode == 0, listed.stdout
+    for folder in (kit, kit / "teacher"):
+        listed = subprocess.run(["sha256sum", "--quiet", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+        assert listed.returncode == 0, listed.stdout
+    assert "teacher/" not in (kit / "SHA256SUMS").read_text(encoding="utf-8")
+    assert not [link for link in links_of(kit / "handouts") if "127.0.0.1" in link or "localhost" in link]
+
+
+def links_of(folder: Path) -> list[str]:
+    return [link for p in sorted(folder.glob("*.html")) for link in re.findall(r'href="([^"]*)"', p.read_text(encoding="utf-8"))]
+
+
+def install(folder: Path) -> tuple[subprocess.CompletedProcess, str]:
+    """What install.sh does, up to the point where pip runs: a Python that only writes down how it is called; (the run, the calls)."""
+    python = folder.parent / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {folder.parent}/calls\n[ "$1" != -m ] || [ "$2" != venv ] || exit 9\n', encoding="utf-8")
+    python.chmod(0o755)
+    ran = subprocess.run(
+        ["sh", str(folder / "install.sh")], capture_output=True, text=True, env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}
+    )
+    calls = folder.parent / "calls"
+    return ran, calls.read_text(encoding="utf-8") if calls.exists() else ""
+
+
+@pytest.mark.slow
+def test_a_participants_copy_installs_without_teacher_and_after_a_notebook_was_saved(copied):
+    shutil.rmtree(copied / "teacher")
+    notebook = next((copied / "notebooks").glob("00*.ipynb"))
+    notebook.write_text(notebook.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    ran, calls = install(copied)
+    assert ran.returncode == 9 and calls == "-m venv .venv\n", ran.stderr  # it came to the environment, which is not made here
+    assert workshop.check(copied, run=()) == [f"notebooks/{notebook.name} is not as it was made"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", ["wheel", "constraints.txt", "start.sh", "SHA256SUMS"])
+def test_what_is_installed_and_run_is_checked(copied, spoilt):
+    path = next((copied / "wheels").glob("*.whl")) if spoilt == "wheel" else copied / spoilt
+    path.write_bytes(b"" if spoilt == "SHA256SUMS" else path.read_bytes() + b"\n")
+    ran, calls = install(copied)
+    assert ran.returncode == 1 and "not as it was made" in ran.stderr and calls == ""
+
+
+@pytest.mark.slow
+def test_a_kit_installs_our_own_wheel_by_its_path_and_no_package_of_that_name(kit):
+    (own,) = (kit / "wheels").glob("*.whl")
+    with zipfile.ZipFile(own) as wheel:
+        inside = wheel.namelist()
+        assert wheel.read("edgelab/workshop.py") == Path(workshop.__file__).read_bytes() and "edgelab/_data/edge-moe/config.json" in inside
+    (line,) = [x for x in (kit / "install.sh").read_text(encoding="utf-8").splitlines() if " -m pip install " in x]
+    assert line.split()[-1] == f'"./wheels/{own.name}[{workshop.EXTRAS}]"'
+    for offline in (True, False):
+        text = workshop.installer(own.name, offline)
+        assert "@" not in text.replace('"@jupyterlab', "").replace('"$@"', "") and ("--no-index" in text) == offline
+        assert subprocess.run(["sh", "-n"], input=text, text=True, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(("user", "given"), [(0, "--allow-root "), (1000, "")])
+def test_lab_starts_for_root_too_and_says_so_only_then(tmp_path, user, given):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for path, text in (("bin/id", f"echo {user}"), (".venv/bin/jupyter", 'echo "$@"')):
+        (tmp_path / path).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tmp_path / path).chmod(0o755)
+    (tmp_path / "start.sh").write_text(workshop._START, encoding="utf-8")
+    ran = subprocess.run(
+        ["sh", str(tmp_path / "start.sh"), "--no-browser"], capture_output=True, text=True, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    )
+    assert ran.stdout.rstrip().endswith(f" {given}--no-browser") and "--ServerApp.ip=127.0.0.1" in ran.stdout, ran.stderr
+    assert ran.stdout.count("--allow-root") == (user == 0)
 
 
 @pytest.mark.slow
@@ -182,7 +258,7 @@ def test_an_installer_refuses_another_python_before_it_makes_anything(tmp_path):
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "PLATFORM.json").write_text('{"python": "2.7", "system": "Linux", "machine": "x86_64"}', encoding="utf-8")
     (tmp_path / "SHA256SUMS").write_text("", encoding="utf-8")
-    script = workshop._INSTALL.replace("@CHECK@", workshop._CHECK).replace("sha256sum --quiet --check SHA256SUMS", "true")
+    script = workshop.installer("edgelab-1-py3-none-any.whl", True).replace("sha256sum --quiet --check -", "cat")
     (tmp_path / "install.sh").write_text(script, encoding="utf-8")
     ran = subprocess.run(
         ["sh", "install.sh"], cwd=tmp_path, capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}

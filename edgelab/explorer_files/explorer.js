@@ -6,7 +6,7 @@
   let sweep, now, state, late = null;  // late: timer of what may wait until a slider rests
   // what the page alone knows: not part of a State
   const ui = { mode: "inspect", brush: null, zoom: {}, cursor: null, hover: null, sort: "quality", shown: 50, preset: "", drawn: 0,
-    colour: "method", from: { pin_a: 1, pin_b: 1 }, fitted: false };
+    colour: "method", fitted: false };
 
   // ---------------------------------------------------------------------------------------------------------------- words
 
@@ -23,7 +23,7 @@
   const short = (x) => (Number.isFinite(x) ? (x >= 100 ? T.thousands(x) : x >= 0.001 ? x.toPrecision(3) : String(Number(x.toPrecision(3)))) : "unknown");
   const listed = (parts) => (parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`);
   const percent = (x, digits = 0) => `${T.fixed(100 * x, digits)} %`;
-  const built = (i) => h`<span class="tag built">${T.text(sweep, "provenance", i)}</span>`, MODELLED = raw('<span class="tag modelled">modelled</span>');
+  const COUNTED = raw('<span class="tag built">counted</span>'), built = (i) => h`<span class="tag built">${T.text(sweep, "provenance", i)}</span>`, MODELLED = raw('<span class="tag modelled">modelled</span>');
   const objectives = { quality: "best quality", size: "smallest", latency: "fastest" };
 
   // a value on an axis or in a number box: shares in per cent
@@ -114,7 +114,7 @@
     const f = scale(m), q = now.quality.value, ylog = m.kind !== "exact" && (m.kind === "kld" || wide(q));
     const rows = ui.fitted ? now.inside : null;
     const y = { log: ylog, title: m.axis, values: f === 1 ? q : q.map((v) => v * f) };
-    const x = [{ title: "size, MB", values: sweep.numbers.size_bytes.map((v) => v / 1e6) }, { title: narrow ? "modelled ms per token" : `modelled time per token, ms (${sweep.devices[state.device].title})`, values: now.latency.value }];
+    const x = [{ title: narrow ? "size, MB" : "size, MB (counted)", values: sweep.numbers.size_bytes.map((v) => v / 1e6) }, { title: narrow ? "modelled ms per token" : `modelled time per token, ms (${sweep.devices[state.device].title})`, values: now.latency.value }];
     x.forEach((a) => { a.log = wide(a.values); });
     y.range = ui.zoom.y || extent(y.values, rows, y.log);
     x.forEach((a, k) => { a.range = ui.zoom[`x${k}`] || extent(a.values, rows, a.log); });
@@ -345,8 +345,8 @@
       const x = [xa, xb].map((v) => back(p.x, v, p.left, p.right)), y = [yb, ya].map((v) => back(p.y, v, p.bottom, p.top));
       if (ui.mode === "brush") { if (y[0] > y[1]) y.reverse(); if (p.y.log && yb > p.bottom - 8) y[0] = 0; setBrush({ panel, x, y }); }
       else {
-        ui.zoom[`x${panel}`] = p.x.log ? x.map(Math.log10) : x;
-        ui.zoom.y = p.y.log ? y.map(Math.log10) : y;
+        if (xb - xa >= 5) ui.zoom[`x${panel}`] = p.x.log ? x.map(Math.log10) : x;  // a drag straight up or along says nothing of the other axis
+        if (yb - ya >= 5) ui.zoom.y = p.y.log ? y.map(Math.log10) : y;
         change({});
       }
     });
@@ -387,9 +387,13 @@
       if ("metric" in patch && patch.metric !== state.metric) { ui.zoom = { ...ui.zoom, y: undefined }; ui.brush = null; }
       if ("device" in patch || "engine" in patch || "context" in patch) { ui.zoom = { ...ui.zoom, x1: undefined }; if (ui.brush && ui.brush.panel === 1) ui.brush = null; }
       const next = { ...state, ...patch }, seen = T.view(sweep, next);
+      for (const pin of ["a", "b"]) {  // a pin that is set now remembers what it was picked from, unless the patch says so itself
+        const name = next[`pin_${pin}`], from = `from_${pin}`;
+        if (`pin_${pin}` in patch && !(from in patch)) next[from] = name ? T.pinned(seen, T.index(sweep, name)) : ["", 1];
+        if (!name || !next[from][0]) next[from] = ["", 1];
+      }
       ui.preset = preset;
       state = next;
-      for (const pin of ["pin_a", "pin_b"]) if (pin in patch) ui.from[pin] = seen.best !== null && patch[pin] === id(seen.best) ? seen.picked_from : 1;
       now = seen;
     } catch (error) {  // the state stays as it was
       $("alert").textContent = error.message;
@@ -448,7 +452,7 @@
     put($("say"), h`<b class="name">${icon(symbol(T.text(sweep, "model", i)), colour(i))}${label(i)}</b> is the ${which} of ${among}: ${MB(size(i))} MB${times && times > 1.05 ? `, ${T.fixed(times, 1)} times smaller` : ""}, ${m.title} ${T.said(m, now.quality.value[i])} ${within(state.metric, i)}${beside}; ${timed(i)} per token, modelled on ${device}.${luck} ${notes}`);
     const front = now.front.reduce((a, b) => a + b, 0);
     const tile = (name, value, below) => h`<div class="tile"><dt>${name}</dt><dd>${value}<small>${below}</small></dd></div>`;
-    put($("tiles"), h`${[tile("Size", `${MB(size(i))} MB`, h`${T.fixed(sweep.numbers.bits_per_weight[i], 2)} bits per weight ${built(i)}`),
+    put($("tiles"), h`${[tile("Size", `${MB(size(i))} MB`, h`${T.fixed(sweep.numbers.bits_per_weight[i], 2)} bits per weight ${COUNTED}`),
       tile(m.title, T.said(m, now.quality.value[i]).replace(/ (nats|bits) per .*/, ""), h`${m.kind === "exact" ? "" : `${unit(m)} `}${within(state.metric, i)} ${built(i)}`),
       tile("Time per token", timed(i), h`${band(i)} ${MODELLED}`),
       tile("Tokens per second", Number.isFinite(now.latency.value[i]) ? short(1e3 / now.latency.value[i]) : "unknown", h`waits for ${now.latency.of(i).binds || "nothing known"} ${MODELLED}`),
@@ -469,7 +473,7 @@
   const line = (i, mark = "") => h`<tr data-row="${i}"${raw(chosenRow() === i ? ' class="chosen"' : "")}><th scope="row">${icon(symbol(T.text(sweep, "model", i)), colour(i))} ${label(i)}${mark}</th><td class="num">${MB(size(i))}</td><td class="num">${bare(now.metric, now.quality.value[i])} <small>${within(state.metric, i)}</small></td><td class="num">${Number.isFinite(now.latency.value[i]) ? short(now.latency.value[i]) : "unknown"} <small>${band(i)}</small></td><td class="num">${T.fixed(sweep.numbers.bits_per_weight[i], 2)}</td>${acts(i)}</tr>`;
 
   function heads(sortable) {
-    const cols = [["", "configuration"], ["size", "size, MB"], ["quality", `${now.metric.title}${now.metric.kind === "exact" ? ", %" : ""}`], ["latency", "ms per token (modelled)"], ["bits", "bits per weight"]];
+    const cols = [["", "configuration"], ["size", "size, MB (counted)"], ["quality", `${now.metric.title}${now.metric.kind === "exact" ? ", %" : ""}`], ["latency", "ms per token (modelled)"], ["bits", "bits per weight"]];
     return h`<thead><tr>${cols.map(([key, words]) => (sortable && key ? h`<th scope="col" class="num" aria-sort="${ui.sort === key ? "ascending" : "none"}"><button type="button" data-sort="${key}" aria-pressed="${ui.sort === key}">${words}</button></th>` :
       h`<th scope="col"${raw(key ? ' class="num"' : "")}>${words}</th>`))}<th scope="col" class="acts"><span class="hidden">actions</span></th></tr></thead>`;
   }
@@ -541,8 +545,7 @@
       put($("compare"), raw(""));
       return;
     }
-    const picked = Math.max(ui.from.pin_a, ui.from.pin_b);
-    const c = T.compare(sweep, state.pin_a, state.pin_b, state.metric, picked);
+    const c = T.compare(sweep, state.pin_a, state.pin_b, state.metric, T.searched(state));
     put($("compare-say"), h`<span class="answer ${c.better ? "yes" : "no"}">${c.refused ? "No answer. " : c.better ? `Yes: ${c.better.toUpperCase()} is better. ` : "No. "}</span>${c.said}`);
     const body = Object.keys(sweep.metrics).map((name) => {
       const m = sweep.metrics[name], d = name === state.metric ? c : T.compare(sweep, state.pin_a, state.pin_b, name, 1);
@@ -551,7 +554,7 @@
     });
     const a = rowOf(state.pin_a), b = rowOf(state.pin_b);
     const plain = (name, f, tag) => h`<tr><th scope="row">${name} ${tag}</th><td class="num">${f(a)}</td><td class="num">${f(b)}</td><td class="num"></td><td class="num"></td><td></td></tr>`;
-    put($("compare"), h`<table><caption>A: ${label(a)}. B: ${label(b)}.</caption><thead><tr><th scope="col">on</th><th scope="col" class="num">A</th><th scope="col" class="num">B</th><th scope="col" class="num">B − A, 95 %</th><th scope="col" class="num">p</th><th scope="col">verdict</th></tr></thead><tbody>${body}${plain("size", (i) => `${MB(size(i))} MB`, built(a))}${plain("time per token", (i) => `${timed(i)}`, MODELLED)}</tbody></table>`);
+    put($("compare"), h`<table><caption>A: ${label(a)}. B: ${label(b)}.</caption><thead><tr><th scope="col">on</th><th scope="col" class="num">A</th><th scope="col" class="num">B</th><th scope="col" class="num">B − A, 95 %</th><th scope="col" class="num">p</th><th scope="col">verdict</th></tr></thead><tbody>${body}${plain("size", (i) => `${MB(size(i))} MB`, COUNTED)}${plain("time per token", (i) => `${timed(i)}`, MODELLED)}</tbody></table>`);
   }
   const signed = (x, digits) => (x < 0 ? "−" : "+") + T.fixed(Math.abs(x), digits);
 
@@ -578,9 +581,9 @@
     const rests = ["dram_bytes_per_s", ...(l.binds === "compute" ? [d.peak_name[e]] : []), ...(mem.of && mem.kept !== mem.of ? ["flash_bytes_per_s", "usable_bytes"] : [])].filter((n) => n in d.how).map((n) => `${n} (${d.how[n]})`).join(", ");
     const fits = mem.fits === null ? "how much an app may take is not known" : `${mem.fits ? "fits in" : "does not fit in"} ${T.engineering(d.usable, "B")}`;
     put($("chosen"), h`<table><caption>${parts.map(([k, v]) => `${k} ${v}`).join(" · ")}</caption><thead><tr><th scope="col">number</th><th scope="col" class="num">value</th><th scope="col">provenance</th><th scope="col">note</th></tr></thead><tbody>${[
-      row("size", `${MB(size(i))} MB`, built(i), `${T.thousands(size(i))} bytes; ${T.fixed(sweep.numbers.bits_per_weight[i], 3)} bits per weight, everything counted`),
+      row("size", `${MB(size(i))} MB`, COUNTED, `${T.thousands(size(i))} bytes; ${T.fixed(sweep.numbers.bits_per_weight[i], 3)} bits per weight, everything counted`),
       ...Object.entries(sweep.metrics).map(([name, m]) => row(m.title, T.said(m, sweep.quality[name].value[i]), built(i), m.kind === "kld" ? `${within(name, i)} from ${sweep.reference[T.text(sweep, "model", i)]}` : within(name, i))),
-      row("time per token", timed(i), MODELLED, l.missing || h`${band(i)} on ${d.title}, waits for ${l.binds}; rests on ${rests}${d.how.dram_bytes_per_s === "assumed" ? "" : ""}`),
+      row("time per token", timed(i), MODELLED, l.missing || h`${band(i)} on ${d.title}, waits for ${l.binds}; rests on ${rests}`),
       row("memory", T.engineering(mem.total, "B"), MODELLED, `${fits}; weights ${T.engineering(shape.resident + mem.experts, "B")}, cache ${T.engineering(mem.kv || 0, "B")}, working ${T.engineering(shape.working, "B")}`),
       ...warned.map((w) => row("caution", "", MODELLED, w)),
       row("made and measured in", `${short(sweep.numbers.seconds[i])} s`, built(i), sweep.meta.machine ? `on ${machine()}` : "")]}</tbody></table>`);
@@ -608,7 +611,7 @@ for name in ("size_bytes", "em_assistant", "em_arithmetic", "kld", "bits_per_byt
     const names = sweep.layer.names[sweep.layer.code[i]], from = sweep.layer.start[i], sizes = names.map((_, k) => sweep.layer.bytes[from + k]), errors = names.map((_, k) => sweep.layer.error[from + k]);
     const brief = names.map((n) => n.replace(/^model\./, "").replace(/\.weight$/, ""));
     const all = sizes.reduce((a, b) => a + b, 0), most = sizes.indexOf(Math.max(...sizes)), known = errors.map((e, k) => [e, k]).filter(([e]) => Number.isFinite(e)).sort((a, b) => b[0] - a[0]);
-    const lost = !known.length ? "no weight kept its shape, so none can be compared" : known[0][0] === 0 ? "every weight is as it was" : `the largest relative error is ${percent(known[0][0], 1)}, of ${brief[known[0][1]]}; the median is ${percent(known[known.length >> 1][0], 1)}`;
+    const lost = !known.length ? "no weight kept its shape, so none can be compared" : known[0][0] === 0 ? "every weight is as it was" : `the largest relative error is ${percent(known[0][0], 1)}, of ${brief[known[0][1]]}; the median is ${percent((known[known.length >> 1][0] + known[(known.length - 1) >> 1][0]) / 2, 1)}`;
     const cut = names.length - known.length;
     put($("layer-say"), h`${names.length} weights take ${MB(all)} MB; ${brief[most]} takes the most, ${percent(sizes[most] / all)} of it; ${lost}${cut && known.length ? `. ${cut} changed shape and have no error` : ""}.`);
     const key = `${id(i)} ${document.documentElement.dataset.theme} ${inks.ink} ${$("layer-plot").clientWidth}`;
@@ -745,7 +748,11 @@ for name in ("size_bytes", "em_assistant", "em_arithmetic", "kld", "bits_per_byt
     $("presets").addEventListener("click", (e) => {
       const name = e.target.closest("button")?.dataset.preset;
       if (!name) return;
-      try { ui.zoom = {}; change({ ...T.apply(sweep, name, state), chosen: "" }, name); } catch (error) { $("alert").textContent = error.message; }
+      try {
+        ui.zoom = {};
+        const { metric, objective, device, size_limit, latency_limit, quality_limit } = T.apply(sweep, name, state);
+        change({ metric, objective, device, size_limit, latency_limit, quality_limit, chosen: "" }, name);
+      } catch (error) { $("alert").textContent = error.message; }
     });
     $("no-budgets").addEventListener("click", () => change({ size_limit: null, latency_limit: null, quality_limit: null }));
     $("no-filters").addEventListener("click", () => change({ filters: [] }));
@@ -777,11 +784,7 @@ for name in ("size_bytes", "em_assistant", "em_arithmetic", "kld", "bits_per_byt
       if (base === null || now.best === null) { $("alert").textContent = "There is no original, or nothing within the budgets, to compare."; return; }
       change({ pin_a: id(base), pin_b: id(now.best) }, ui.preset);
     });
-    $("swap").addEventListener("click", () => {
-      const from = { pin_a: ui.from.pin_b, pin_b: ui.from.pin_a };
-      change({ pin_a: state.pin_b, pin_b: state.pin_a }, ui.preset);
-      ui.from = from;
-    });
+    $("swap").addEventListener("click", () => change({ pin_a: state.pin_b, pin_b: state.pin_a, from_a: state.from_b, from_b: state.from_a }, ui.preset));
     $("unpin").addEventListener("click", () => change({ pin_a: "", pin_b: "" }, ui.preset));
     $("follow").addEventListener("click", () => change({ chosen: state.chosen || now.best === null ? "" : id(now.best) }, ui.preset));
     $("layers-box").addEventListener("toggle", chosenCard);
@@ -865,6 +868,12 @@ for name in ("size_bytes", "em_assistant", "em_arithmetic", "kld", "bits_per_byt
         const number = numbers.includes(k);
         if (v === "none" && k.endsWith("_limit")) { found[k] = null; continue; }
         if (number && (v.trim() === "" || !(Number(v) >= 0 && Number(v) < Infinity))) throw new Error(`${k}=${v} in the link must be a number, 0 or more`);
+        if (k === "from_a" || k === "from_b") {
+          const [metric, n] = v.split(",");
+          if (!(metric in sweep.metrics) || !(Number.isInteger(Number(n)) && Number(n) >= 1)) throw new Error(`${k}=${v} in the link must be a metric and a number of rows`);
+          found[k] = [metric, Number(n)];
+          continue;
+        }
         found[k] = k === "filters" ? JSON.parse(v) : number ? Number(v) : v;
       }
       for (const k of ["chosen", "pin_a", "pin_b"]) if (found[k]) T.index(sweep, found[k]);

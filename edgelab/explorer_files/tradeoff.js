@@ -149,7 +149,7 @@ const tradeoff = (() => {
   // ------------------------------------------------------------------------------------------------- the state and its view
 
   const DEFAULTS = { metric: "em_assistant", device: "galaxy-s22", engine: "cpu-tuned", context: 512, objective: "quality", size_limit: null,
-    latency_limit: null, quality_limit: null, filters: [], chosen: "", pin_a: "", pin_b: "" };
+    latency_limit: null, quality_limit: null, filters: [], chosen: "", pin_a: "", pin_b: "", from_a: ["", 1], from_b: ["", 1] };
 
   // keys: the objective first, then the others; unknown counts as the worst; ties go to the first row
   function best(size, late, cost, inside, objective) {
@@ -197,6 +197,16 @@ const tradeoff = (() => {
     return { state, metric: m, quality: q, latency: late, rows, inside, front: pareto(rows, cost, size, late.value), front_size: pareto(rows, cost, size),
       front_latency: pareto(rows, cost, late.value), best: best(size, late.value, cost, inside, state.objective), picked_from: picked, notes };
   }
+
+  // (metric, number of rows) that a row was picked from if it is pinned while this view is looked at (tradeoff.pinned): the best row
+  // and those on a front stand out by their results
+  function pinned(view, row) {
+    if (row !== view.best && !view.front[row] && !view.front_size[row] && !view.front_latency[row]) return ["", 1];
+    return [view.state.metric, view.inside[row] ? view.picked_from : total(view.rows)];
+  }
+
+  // of how many rows the better of the two pins was picked by this metric (State.searched)
+  const searched = (state) => Math.max(...[state.from_a, state.from_b].map(([metric, n]) => (metric === state.metric ? n : 1)));
 
   function anchor(sweep, rows) {
     const { values, codes } = sweep.texts.model, there = new Set();
@@ -263,14 +273,24 @@ const tradeoff = (() => {
 
   const total = (values) => values.reduce((a, b) => a + b, 0);
 
+  // what a bootstrap of few sources is too narrow by (paired.widening, in the same order of operations)
+  const STUDENT = [1.95996, 2.37227, 2.8225, 2.55585, 1.58949], STUDENT_OF_FEW = [12.7062, 4.30265];
+  function widening(sizes) {
+    const n = total(sizes), free = n - sizes.length, [c0, c1, c2, c3, c4] = STUDENT;
+    if (free < 1) return Infinity;
+    const t = free < 3 ? STUDENT_OF_FEW[free - 1] : c0 + (c1 + (c2 + (c3 + c4 / free) / free) / free) / free;
+    return (t / c0) * Math.sqrt(n / free);
+  }
+
   function difference(a, b, bottom, sizes) {
     const topA = resampled(a, sizes), topB = resampled(b, sizes), below = resampled(bottom, sizes);
-    const values = topA.map((t, r) => (topB[r] - t) / below[r]);
+    const value = (total(b) - total(a)) / total(bottom), w = widening(sizes), times = topA.every((t) => t > 0) ? total(b) / total(a) : null;
+    if (w === Infinity) return { value, low: -w, high: w, ratio: times === null ? [null, null, null] : [times, 0, w], p: 1, sources: a.length };
+    const values = topA.map((t, r) => value + w * ((topB[r] - t) / below[r] - value));
     const [low, high] = interval(values);
     const sides = Math.min(values.filter((v) => v <= 0).length, values.filter((v) => v >= 0).length);
-    let ratio = [null, null, null];
-    if (topA.every((t) => t > 0)) ratio = [total(b) / total(a), ...interval(topA.map((t, r) => topB[r] / t))];
-    return { value: (total(b) - total(a)) / total(bottom), low, high, ratio, p: Math.min(1, (2 * (1 + sides)) / (RESAMPLES + 1)), sources: a.length };
+    const ratio = times === null ? [null, null, null] : [times, ...interval(topA.map((t, r) => times + w * (topB[r] / t - times))).map((v) => Math.max(0, v))];
+    return { value, low, high, ratio, p: Math.min(1, (2 * (1 + sides)) / (RESAMPLES + 1)), sources: a.length };
   }
 
   // exact: integers until the last division
@@ -366,19 +386,21 @@ const tradeoff = (() => {
     }
     const model = (i) => text(sweep, "model", i), most = Math.round(0.025 * RESAMPLES), rows = [];
     for (let i = 0; i < sweep.n; i++) if (among[i] && i !== row && (m.kind !== "kld" || sweep.reference[model(i)] === sweep.reference[model(row)])) rows.push(i);
-    const { tops, sizes } = sums(sweep, m, [row, ...rows]), n = tops[0].length, index = drawn(sizes), times = new Float64Array(RESAMPLES * n);
+    const { tops, bottom, sizes } = sums(sweep, m, [row, ...rows]), n = tops[0].length, index = drawn(sizes), times = new Float64Array(RESAMPLES * n);
+    const w = widening(sizes), below = resampled(bottom, sizes), all = total(bottom);
+    if (w === Infinity) return rows;
     for (let k = 0; k < index.length; k++) times[Math.floor(k / n) * n + index[k]]++;
-    rows.forEach((i, k) => {  // a resample's figures share what they are divided by: the sign of the difference of their tops decides
-      const apart = tops[k + 1].map((v, j) => v - tops[0][j]);
-      if (apart.every((v) => v > 0) || apart.every((v) => v < 0)) return;
-      let below = 0, above = 0;
-      for (let r = 0; r < RESAMPLES && (below < most || above < most); r++) {
+    rows.forEach((i, k) => {
+      const apart = tops[k + 1].map((v, j) => v - tops[0][j]), measured = total(apart) / all;
+      let less = 0, more = 0;
+      for (let r = 0; r < RESAMPLES && (less < most || more < most); r++) {
         let sum = 0;
         for (let j = 0; j < n; j++) sum += times[r * n + j] * apart[j];
-        if (sum <= 0) below++;
-        if (sum >= 0) above++;
+        const figure = measured + w * (sum / below[r] - measured);
+        if (figure <= 0) less++;
+        if (figure >= 0) more++;
       }
-      if (below >= most && above >= most) found.push(i);
+      if (less >= most && more >= most) found.push(i);
     });
     return found;
   }
@@ -387,7 +409,7 @@ const tradeoff = (() => {
 
   function curse(c, m) {
     if (c.picked_from <= 1 || c.refused) return "";
-    const words = `One of them was picked as the best of ${thousands(c.picked_from)}: part of its lead is luck.`;
+    const words = `One of them was picked from ${thousands(c.picked_from)} by how it did: part of its lead is luck.`;
     if (!c.significant) return words;
     if (m.kind !== "exact" && (2 / (RESAMPLES + 1)) * c.picked_from >= LEVEL)
       return `${words} ${thousands(RESAMPLES)} resamples are too few to correct for so many; measure both again on other documents.`;
@@ -408,5 +430,5 @@ const tradeoff = (() => {
     return `On ${m.title}: A ${said(m, c.value_a)}, B ${said(m, c.value_b)}; ${which} (${how}).` + (c.curse ? ` ${c.curse}` : "");
   }
 
-  return { unpack, text, cell, index, select, pareto, latency, milliseconds, view, anchor, apply, compare, rivals, said, fixed, engineering, thousands, DEFAULTS, PROMPT };
+  return { unpack, text, cell, index, select, pareto, latency, milliseconds, view, pinned, searched, anchor, apply, compare, rivals, said, fixed, engineering, thousands, DEFAULTS, PROMPT };
 })();

@@ -233,7 +233,7 @@ control
 for choice in ("int4-g128", "int3-g32"):
     control.choose(choice)
     assert control.error is None, control.error
-plots.show(control.static())
+plots.show(control.static(), control.told)
 display(HTML(control.html))
 
 # %% [markdown]

@@ -83,7 +83,8 @@ for bits in (4.5, 8.5, 32):
 # **Answer.** The line "in the time of one byte" says it: about 25 on the machine of the stored output, neither 1 nor 1,000.
 #
 # **Explain.** Decoding uses each weight once per token, for two operations; the core could do many more while the bytes
-# arrive. It waits. Nothing that saves arithmetic makes decoding faster; what saves *bytes* does. A prompt has hundreds of
+# arrive. It waits. At 4 bits and more, with int8 activations, nothing that saves arithmetic makes decoding faster; what saves
+# *bytes* does. (At 2 bits in float32 so few bytes are left that arithmetic binds: section 8's table has it.) A prompt has hundreds of
 # tokens that share each weight: there arithmetic binds, and smaller weights help little. The ceiling of float32 products is
 # computed, not measured: a vector holds a quarter as many floats as bytes and one instruction multiplies either, so it is
 # the byte peak / 4 (3/4 of it on AVX2 without VNNI, where a byte product takes three instructions).

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · Calibration: where to cut
 #
-# **Claim: no rule that looks at a histogram alone finds the right range of an activation. KL divergence, the classic of
+# **Claim: no one rule on a histogram finds the best range of all activations. KL divergence, the classic of
 # 8-bit inference, keeps the shape of the distribution and cuts off the few huge values in which a language model keeps
 # meaning; on this model, as it is, it does more harm than all other rules. What helps is to measure.**
 #
@@ -67,7 +67,7 @@ plots.show(clip_lab.histogram_figure(tensor), sentence)
 display(Markdown(sentence))
 
 # %% [markdown]
-# **Answer.** Nearly 40 times.
+# **Answer.** 36 times.
 #
 # **Explain.** The layer multiplies act(gate) × up, and a product of two roughly normal numbers has a heavy tail. If the
 # largest value sets the step, half of all values lie below a third of one step: to int8 they are zero. If we cut the tail, the
@@ -318,6 +318,14 @@ bins_kept = 3
 # fewer bins than levels
 bins_kept = 1
 
+# %% tags=["mutant"]
+# counts the bins that are cut off
+bins_kept = 0
+
+# %% tags=["mutant"]
+# the divergence, not the number of bins
+bins_kept = 0.086
+
 # %% [markdown] tags=["exercise"] exercise="int8-step" difficulty=1 importance=2 minutes=1
 # The threshold is 6.35. How large is the step of int8?
 
@@ -348,6 +356,14 @@ step = 12.7 / 255
 # the whole range has the threshold twice
 step = 6.35 / 255
 
+# %% tags=["mutant"]
+# a number of bits is no number of steps
+step = 6.35 / 8
+
+# %% tags=["mutant"]
+# upside down: codes per unit
+step = 127 / 6.35
+
 # %% [markdown] tags=["exercise"] exercise="clip-or-keep" difficulty=3 importance=3 minutes=10
 # 100,000 values, all within ±4 but one, which is 60. What is the mean squared error from *clipping* it at 4, and that of the rounding if
 # the threshold is 60?
@@ -375,16 +391,16 @@ error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 127) ** 2 / 12
 error_of_clipping, error_of_keeping = 60**2 / 100_000, (60 / 127) ** 2 / 12
 
 # %% tags=["mutant"]
-# not squared
-error_of_clipping, error_of_keeping = 56 / 100_000, (60 / 127) ** 2 / 12
+# a step of 60 / 128: the code -128 is not used
+error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 128) ** 2 / 12
 
 # %% tags=["mutant"]
 # every value is off by a whole step
 error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 127) ** 2
 
 # %% tags=["mutant"]
-# 255 steps on one side
-error_of_clipping, error_of_keeping = 56**2 / 100_000, (60 / 255) ** 2 / 12
+# 255 steps from -60 to 60, one too many
+error_of_clipping, error_of_keeping = 56**2 / 100_000, (120 / 255) ** 2 / 12
 
 # %% tags=["mutant"]
 # one for the other
@@ -449,13 +465,14 @@ def divergence(counts, kept, levels):
 
 
 # %% tags=["mutant"]
-# outliers are dropped from P
+# a bin counts as filled when P has something there, outliers included
 def divergence(counts, kept, levels):
     p = counts[:kept].astype(float)
+    p[-1] += counts[kept:].sum()
     level = np.arange(kept) * levels // kept
     q = np.zeros(kept)
     for k in range(levels):
-        filled = (level == k) & (counts[:kept] > 0)
+        filled = (level == k) & (p > 0)
         if filled.any():
             q[filled] = counts[:kept][level == k].sum() / filled.sum()
     p, q = p / p.sum(), q / q.sum()

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 08 · Export and verify
 #
-# **Claim: the same codes go out to every runtime, bit for bit, and what a format adds to them can be counted byte by byte. But a file
-# that opens is not yet a file that is right: only running it in its own runtime, and hashing it, tells.**
+# **Claim: the same codes go out to every runtime that is here, bit for bit, and what a format adds to them can be counted byte by byte.
+# But a file that opens is not yet a file that is right: only running it in its own runtime, and hashing it, tells.**
 #
 # After this notebook you can
 #

@@ -106,21 +106,23 @@ assert sizes["keep95"] < sizes["lossless"]
 #
 # ## 3. Is the difference real?
 #
-# Two rows have their own 95 % intervals, and these overlap. Does that mean that the rows can't be told apart?
+# The original against two of its rows: three bits by plain rounding, with one scale per row of weights, and with one per 32. They are named
+# by what was done to them, before anybody looks at how they did. All three have their own 95 % intervals, and these overlap. Does that
+# mean that the rows can't be told apart?
 #
-# **Predict.** Both were measured on the *same* documents. Does that make the comparison sharper, or does it change nothing?
+# **Predict.** All were measured on the *same* documents. Does that make the comparison sharper, or does it change nothing?
 
 # %%
-a, b = lab.close_pair(sweep, view, metric)
-explorer.choose(pin_a=a, pin_b=b)
-compared = explorer.compared
-q = view.quality
-for name, row in (("A", a), ("B", b)):
-    print(
-        f"{name}: {sweep['label'][row]}, {q.metric.said(q.value[row])}, alone {q.metric.said(q.low[row])} .. {q.metric.said(q.high[row])}"
-    )
-display(Markdown(compared.said))
-assert q.low[a] <= q.high[b] and compared.significant, "overlapping intervals, and yet the paired test tells them apart"
+whole, coarse, fine = lab.three_bit_rows(sweep)
+q = tradeoff.quality_of(sweep, "em_assistant")
+for i in (whole, coarse, fine):
+    print(f"{sweep['label'][i]}: {q.metric.said(q.value[i])}, alone {q.metric.said(q.low[i])} .. {q.metric.said(q.high[i])}")
+one, two = (tradeoff.compare(sweep, whole, i, "em_assistant") for i in (coarse, fine))
+display(Markdown(f"One scale per row: {one.said}"))
+display(Markdown(f"One scale per 32 weights: {two.said}"))
+if sweep_file is None:
+    assert q.low[whole] <= q.high[coarse] and one.significant, "overlapping intervals, and yet the paired test tells them apart"
+    assert not two.significant, "one answer in eighty is no difference"
 
 # %% [markdown]
 # **Answer.** Sharper. Most of what widens an interval is that some documents are hard for everybody.
@@ -128,6 +130,20 @@ assert q.low[a] <= q.high[b] and compared.significant, "overlapping intervals, a
 # **Explain.** McNemar's test looks only at the answers on which the two differ: if neither were better, each of those would be a coin's
 # toss. For text the bootstrap draws whole sources and takes the *difference* on each draw. KL divergences of different originals are
 # refused: a distance from edge-moe and one from edge-dense have nothing in common but the unit.
+#
+# **The control that must fail: search until it is significant.** The p above is that of one question. Had somebody gone through all
+# rows, looked for one that the test calls different, and shown that pair only, the same counts would be worth nothing: among so many
+# tests some must come out below 0.05. Bonferroni multiplies p by the number of rows that were looked at.
+
+# %%
+searched = tradeoff.compare(sweep, whole, coarse, "em_assistant", picked_from=len(sweep))
+display(Markdown(searched.said))
+print(f"asked once: p = {one.p:.4f}; picked from {len(sweep):,}: p = {searched.p_search:.4f}")
+if sweep_file is None:
+    assert one.p < 0.05 <= searched.p_search, "a pair that was found by a search is not significant any more"
+
+# %% [markdown]
+# The explorer counts for you: whoever pins the best row, or one on the front, has searched, and the verdict says among how many.
 #
 # How many rows can't be told from the best one? A measurement with so few documents leaves many.
 
@@ -387,11 +403,11 @@ look_better, p_needed = 25, 0.05 / 2000
 # %% [markdown]
 # ## What would change on your model
 #
-# The sweep is of small models on small tasks: its fronts are an example, not a table for yours. Run your own and open it here:
+# The sweep is of small models on small tasks: its fronts are an example, not a table for yours. `edgelab sweep` measures the grid of
+# `space()` in `edgelab/sweep_space.py`, on the embedded models: change the grid there for other axes, and open what it writes with
+# `Explorer("my-sweep.parquet")`. It takes no other model; for one of yours compress it by recipe and compare it with its original:
 #
 # ```python
-# # edgelab sweep --help                                      in a shell: which models, which axes, how many workers
-# Explorer("my-sweep.parquet")                                # the same explorer
 # model = edgelab.load("Qwen/Qwen2.5-0.5B")                   # any Hugging Face causal language model
 # small = edgelab.compress(model, recipe, calibration=...)    # the recipe that you copied
 # ```
