@@ -199,7 +199,7 @@ plots.show_rows([{"entry": name, **{when: told[name] for when, told in behind.it
 
 # %% [markdown]
 # **Answer.** The order stays in the stored output, and two verdicts flip. "12 experts" was significantly behind the reference, 5.8 points
-# [2.5, 9.2], and shares its rank now: 2.9 [0.0, 5.8]. "All experts" was tied with "12 experts", then the first of rank 2; that one went up, so
+# [2.5, 9.2], and shares its rank now: 2.9 [0.0, 5.8]. "All experts" was tied with "12 experts", first of rank 2 then; that one went up, so
 # it is held against the reference, and is behind. A 95 % verdict is no promise: of twenty differences that are none, one is called
 # significant, the more comparisons the sooner one of them, and an end of an interval near 0 may fall on either side next time. The gaps
 # of ten points and more are there again. Nobody tuned to these questions yet, so no score is too good; after a week of submissions it
