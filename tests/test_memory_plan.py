@@ -44,4 +44,4 @@ def test_shares_and_what_is_shown():
     plan = MemoryPlan(10, 1000, 250, 200, 1000, 4000, 5000, 5000)
     assert plan.saved == 0.75 and plan.saved_with_cache == 1 - 1250 / 2000
     assert "75% of the activations saved, 38% with the cache" in repr(plan)
-    assert "<td>cache of keys and values</td>" in plan._repr_html_()
+    assert ">cache of keys and values</th>" in plan._repr_html_()

@@ -61,7 +61,8 @@ FLOORS = [
     {"plots", "svg", "words", "exercises", "page", "widgets", "matmul_lab", "clip_lab", "quantize_lab", "prune_lab", "train_lab"}
     | {"experts_lab", "export_lab", "atlas", "tile_picture", "byte_picture", "doctor", "explorer", "console", "cli", "cli_export"}
     | {"cli_run", "cli_predict", "cli_ledger", "device_lab", "chat", "governor_plots", "privacy_plots", "ledger", "claims"}
-    | {"cli_sweep", "cli_report", "cli_reproduce", "explorer_plots", "explorer_words", "explorer_page", "explorer_lab", "start_lab", "workshop"}
+    | {"cli_sweep", "cli_report", "cli_reproduce", "explorer_plots", "explorer_words", "explorer_page", "explorer_lab", "start_lab"}
+    | {"workshop"}
     | {"explorer_controls", "explorer_measure", "measure_here", "frame", "capstone_lab", "honest_lab", "handouts", "receipts"}
     | {"reproduce", "paper_tables"},
 ]

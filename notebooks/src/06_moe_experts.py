@@ -456,6 +456,7 @@ answer = ([1.55, 4.0, 4 / 3], "C")
 # The same as a function: `reap(gates, norms, chosen, experts)`. All three are tensors [tokens, k]: the gate of each choice, the norm of
 # the output of the chosen expert, and its number. Returned are the scores of all `experts`; one that nobody chose has 0.
 
+
 # %% tags=["stub"]
 def reap(gates, norms, chosen, experts):
     """REAP scores [experts]: for each expert the mean, over the tokens that chose it, of gate times norm."""
@@ -470,6 +471,7 @@ lab.check_reap_function(reap)
 
 # %% [markdown] tags=["expected"]
 # `reap(torch.tensor([[0.5], [0.25], [1.0]]), torch.tensor([[2.0], [4.0], [3.0]]), torch.tensor([[0], [0], [1]]), 2)` is `[1, 3]`.
+
 
 # %% tags=["solution"]
 def reap(gates, norms, chosen, experts):
@@ -539,6 +541,7 @@ answer = 98_304 * 16 * (4.5 + 2.5) / 2 / 8
 # RAM has room for `capacity` experts of a mixture and is empty at first. Token after token wants one expert; what is not there is
 # read, and takes the place of the one whose last use is longest ago. Write `lru_hits(wanted, capacity)`: the number of hits.
 
+
 # %% tags=["stub"]
 def lru_hits(wanted, capacity):
     """How many of the `wanted` experts (a list of numbers, in order) were in RAM when they were wanted."""
@@ -554,6 +557,7 @@ lab.check_lru(lru_hits)
 # %% [markdown] tags=["expected"]
 # `lru_hits([1, 2, 3, 1, 4, 2, 1, 2], 3)` is 3. First in, first out would hit twice, and who knew the future 4 times.
 
+
 # %% tags=["solution"]
 def lru_hits(wanted, capacity):
     """How many of the `wanted` experts (a list of numbers, in order) were in RAM when they were wanted."""
@@ -566,6 +570,7 @@ def lru_hits(wanted, capacity):
 
 # %% [markdown] tags=["why"]
 # 1, 2, 3 miss. 1 hits: 2 3 1. 4 misses and takes the place of 2: 3 1 4. 2 misses and takes that of 3: 1 4 2. 1 and 2 hit: 3 of 8.
+
 
 # %% tags=["mutant"]
 # first in, first out: a hit does not make an expert the newest
@@ -607,6 +612,7 @@ def lru_hits(wanted, capacity):
         hits += expert in ram
         ram = ([e for e in ram if e != expert] + [expert])[-capacity:]
     return hits / max(1, len(wanted))
+
 
 # %% [markdown]
 # ## What would change on your model

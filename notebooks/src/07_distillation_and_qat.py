@@ -302,6 +302,7 @@ from edgelab import train_lab as lab
 # Hinton's loss of one position as a function of two lists of logits, the label, T and α: α T² KL(p_T ‖ q_T) + (1 − α) CE, in nats.
 # p is the teacher's distribution, q the student's; CE is minus the logarithm of what the student at T = 1 gives the label.
 
+
 # %% tags=["stub"]
 def loss(student, teacher, label, temperature, alpha):
     """Hinton's loss in nats; `student` and `teacher` are lists of logits, `label` the number of the token that came."""
@@ -316,6 +317,7 @@ lab.check_hinton(loss)
 
 # %% [markdown] tags=["expected"]
 # Teacher (0.8, 0.2), student (0.5, 0.5), label 0, T = 1, α = 0.7: 0.7 · 0.1927 + 0.3 · 0.6931 = 0.3429.
+
 
 # %% tags=["solution"]
 def loss(student, teacher, label, temperature, alpha):
@@ -375,6 +377,7 @@ def loss(student, teacher, label, temperature, alpha):
 # LSQ's derivative of the fake-quantized weights by their common step s, without the factor g (section 6), summed over a list of
 # weights: a function of the weights, s and the number of bits.
 
+
 # %% tags=["stub"]
 def step_gradient(weights, step, bits):
     """The sum over `weights` of the derivative of step * round(clip(w / step, -Qn, Qp)) by `step`, straight through the rounding."""
@@ -389,6 +392,7 @@ lab.check_step_gradient(step_gradient)
 
 # %% [markdown] tags=["expected"]
 # `step_gradient([1.7], 0.5, 3)` is 3, for 1.7 / 0.5 = 3.4 lies above Qp; `step_gradient([0.9], 0.5, 3)` is 2 - 1.8 = 0.2.
+
 
 # %% tags=["solution"]
 def step_gradient(weights, step, bits):

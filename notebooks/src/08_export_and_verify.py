@@ -313,6 +313,7 @@ from edgelab import export_lab as lab
 # One block of GGUF's Q4_0: 32 weights in 18 bytes. First the scale as float16 (two bytes, the low one first), then sixteen bytes:
 # byte j holds code j in its low half and code 16 + j in its high half. Write the function.
 
+
 # %% tags=["stub"]
 def q4_block(scale, codes):
     """The 18 bytes (a list of numbers 0 .. 255) of a block of Q4_0; `codes` are 32 numbers 0 .. 15."""
@@ -327,6 +328,7 @@ lab.check_block(q4_block)
 
 # %% [markdown] tags=["expected"]
 # For scale 1 and codes 0 .. 15 followed by zeros: 0, 60, then 0, 1, 2 .. 15.
+
 
 # %% tags=["solution"]
 def q4_block(scale, codes):
@@ -368,6 +370,7 @@ def q4_block(scale, codes):
 # Before the codes of each weight an ONNX file says how many bytes follow, as a *varint*: seven bits to a byte, the lowest first; the
 # highest bit of a byte says whether another follows. Write the function.
 
+
 # %% tags=["stub"]
 def varint(value):
     """The bytes (a list of numbers 0 .. 255) of a whole number >= 0."""
@@ -382,6 +385,7 @@ lab.check_varint(varint)
 
 # %% [markdown] tags=["expected"]
 # `varint(32_768)` is `[128, 128, 2]`, for 32,768 is 2 · 128 · 128.
+
 
 # %% tags=["solution"]
 def varint(value):

@@ -388,6 +388,7 @@ from edgelab import device_lab as lab
 # The memory gives `bandwidth` bytes per second, of which software reaches a `share`; the cores do `peak` operations per second.
 # Every weight and the whole cache are read for each token, and each weight takes two operations. Memory and arithmetic overlap.
 
+
 # %% tags=["stub"]
 def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):
     """Tokens per second, overheads left out."""
@@ -402,6 +403,7 @@ lab.check_roofline(tokens_per_s)
 
 # %% [markdown] tags=["expected"]
 # 1.5 · 10⁹ weights of 4.5 bits, no cache, 60 % of 68 GB/s, fast cores: 0.6 · 68 / (1.5 · 4.5 / 8) = 48.4.
+
 
 # %% tags=["solution"]
 def tokens_per_s(weights, bits, kv_bytes, bandwidth, share, peak):

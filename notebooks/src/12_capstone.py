@@ -236,6 +236,7 @@ from edgelab import capstone_lab as lab
 # Bytes in memory as a function: the weights; keys and values, `kv_bytes` per token and layer; and working memory in float32: for each
 # token of a `chunk` three vectors of `hidden` and three of `inner`, and one row of logits, of the size of the vocabulary.
 
+
 # %% tags=["stub"]
 def needs(weight_bytes, layers, kv_bytes, context, hidden, inner, vocab, chunk):
     """Bytes in memory while `context` tokens are in the cache and `chunk` tokens are read at once."""
@@ -250,6 +251,7 @@ lab.check_needs(needs)
 
 # %% [markdown] tags=["expected"]
 # Our mixture with 2.3 MB of weights needs 2,896,128 bytes.
+
 
 # %% tags=["solution"]
 def needs(weight_bytes, layers, kv_bytes, context, hidden, inner, vocab, chunk):
@@ -291,6 +293,7 @@ def needs(weight_bytes, layers, kv_bytes, context, hidden, inner, vocab, chunk):
 # Two entries answered the same items: lists of 0 and 1. Return the difference of their shares of right answers, and the ends of its 95 %
 # interval by a *paired* bootstrap. `draws[r][i]` says how often item i counts in resample r; each row adds up to the number of items.
 
+
 # %% tags=["stub"]
 def paired(one, other, draws):
     """(share of `one` - share of `other`, low, high); the ends are the 2.5 and 97.5 % quantiles over the resamples."""
@@ -305,6 +308,7 @@ lab.check_paired(paired)
 
 # %% [markdown] tags=["expected"]
 # For two entries that agree on nearly every item the interval is narrow, although each score by itself has a wide one.
+
 
 # %% tags=["solution"]
 def paired(one, other, draws):
@@ -356,6 +360,7 @@ def paired(one, other, draws):
 # Ranks with ties. Entries come best first; `low[i][j]` is the low end of the interval of (score of i - score of j). An entry shares the
 # rank of the *first* of the rank above, unless that one is significantly better. A new rank is the entry's place in the list, 1, 2, 3 ...
 
+
 # %% tags=["stub"]
 def ranks(low):
     """The ranks, a list of whole numbers, of as many entries as `low` has rows."""
@@ -370,6 +375,7 @@ lab.check_ranks(ranks)
 
 # %% [markdown] tags=["expected"]
 # Three that can't be told apart: 1, 1, 1. In a chain in which everyone is like the neighbour, but the ends differ: 1, 1, 3, 3.
+
 
 # %% tags=["solution"]
 def ranks(low):
