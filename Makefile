@@ -18,7 +18,7 @@ help: ## this list
 	@echo "edgelab: make targets (each works as the first command on a fresh clone)"
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.export ## compress the embedded MoE model to int8 and int4, evaluate, export, verify
+demo: $(VENV)/.export ## compress the embedded MoE model to int8, int4 and a phone's size, evaluate, export, verify
 	@$(BIN)/edgelab demo $(ARGS)
 
 lab: $(VENV)/.lab-export ## open JupyterLab on the notebooks (localhost only)
