@@ -446,7 +446,10 @@ class Explorer:
     def _legend(self, coloured) -> str:
         parts = [f"<b>{escape(FILTER_NAMES.get(coloured.column, coloured.column))}</b>"]
         parts += [f"{say.SIGNS[SYMBOLS[i % len(SYMBOLS)]]} {say.dot(plots.OKABE_ITO[i], n)}" for i, n in enumerate(coloured.names)]
-        return say.legend([*parts, "line: the front; dotted: budgets; grey: outside of the budgets"])
+        parts.append("line: the front; dotted: budgets; grey: outside of the budgets")
+        if self.measure_panel.marks(self.view):
+            parts.append("x: measured here, in the plot of size alone, for its time is this machine's")
+        return say.legend(parts)
 
     def _tell_brush(self) -> None:
         if self.mode.value != "brush" and self.brushed is None:

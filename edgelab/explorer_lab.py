@@ -46,7 +46,7 @@ def shuffled(sweep: Sweep, metric: str = "em_assistant", *, seed: int = 0) -> tu
     dealt = np.random.default_rng(seed).permutation(true)
     fronts = {name: tradeoff.pareto(m.sign * q, size) for name, q in (("true", true), ("shuffled", dealt))}
     fig = go.Figure(layout={"template": plots.TEMPLATE, "title": {"text": "The front, and that of shuffled qualities"}})
-    fig.update_layout(xaxis={"title": {"text": "MB (measured at build)"}, "type": "log"}, yaxis={"title": {"text": m.axis}})
+    fig.update_layout(xaxis={"title": {"text": "MB (counted)"}, "type": "log"}, yaxis={"title": {"text": m.axis}})
     for i, (name, q) in enumerate((("true", true), ("shuffled", dealt))):
         x, y = stairs(size[fronts[name]] / 1e6, q[fronts[name]] * scale(m))
         fig.add_scatter(x=x, y=y, mode="lines+markers", name=name, marker={"symbol": SYMBOLS[i], "size": 7, "color": plots.OKABE_ITO[i]},

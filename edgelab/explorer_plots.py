@@ -223,7 +223,7 @@ class Picture:
         fig = make_subplots(2, 2, row_heights=[0.66, 0.34], horizontal_spacing=0.09, vertical_spacing=0.13)
         label = self.sweep["label"]
         for col, axis in enumerate(self.AXES, 1):
-            about = {"size": "%{x:.3f} MB, measured at build", "latency": "%{x:.4g} ms per token, modelled"}[axis]
+            about = {"size": "%{x:.3f} MB, counted", "latency": "%{x:.4g} ms per token, modelled"}[axis]
             for k in range(SLOTS + 1):
                 out = k == SLOTS
                 style = {
@@ -261,7 +261,7 @@ class Picture:
         fig.update_xaxes(type="log", tickformat="~g", row=1, col=2)
         fig.update_xaxes(type="category", title_text="bytes of the chosen one, by layer", row=2, col=1)
         fig.update_xaxes(type="category", title_text="errors of the chosen one, by layer", row=2, col=2)
-        fig.update_yaxes(title_text="MB (measured at build)", rangemode="tozero", row=2, col=1)
+        fig.update_yaxes(title_text="MB (counted)", rangemode="tozero", row=2, col=1)
         fig.update_yaxes(title_text="relative error", rangemode="tozero", row=2, col=2)
         return fig
 
@@ -421,7 +421,7 @@ class Picture:
         y = view.quality.value * scale(m)
         log, figures = m.kind == "kld", []
         for axis, x, front, about in (
-            ("size", self.sweep["size_bytes"] / 1e6, view.front_size, "MB, measured at build"),
+            ("size", self.sweep["size_bytes"] / 1e6, view.front_size, "MB, counted"),
             ("latency", view.latency.value, view.front_latency, f"ms per token on {devices()[view.state.device].title}, modelled"),
         ):
             known = view.rows & np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))

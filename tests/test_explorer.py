@@ -564,7 +564,7 @@ def test_a_recipe_stays_text_in_the_python_that_reproduces_it():
     import ast
     from types import SimpleNamespace
 
-    odd, recipe = 'm"; import os; "\n\'\'\'', json.dumps([{"name": "a\\b\"c\'\'\'d\ne"}])
+    odd, recipe = "m\"; import os; \"\n'''", json.dumps([{"name": "a\\b\"c'''d\ne"}])
     columns = {"recipe": [recipe], "model": [odd], "size_bytes": [17]}
 
     class Odd(SimpleNamespace):
@@ -708,3 +708,9 @@ def test_in_jupyterlab_by_keyboard_alone(page):
     tab.keyboard.press("Enter")
     tab.wait_for_function("[...document.querySelectorAll('p')].some(p => p.innerText.startsWith('Cancelled'))", timeout=20_000)
     assert left == []
+
+
+def test_plotlys_script_still_has_the_place_that_is_patched():
+    from edgelab import explorer_plots
+
+    assert "trace_deltas:[]" in str(explorer_plots.Fed._esm), "every redraw would send all points back to the kernel"
