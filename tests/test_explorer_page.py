@@ -395,6 +395,7 @@ def test_a_click_chooses_and_a_drag_brushes(opened, sweep):
     tab.click("#no-budgets")
     settled(tab)
     at = sweep.index(sweep["id"][int(np.argmax(sweep["size_bytes"]))])  # the largest stands alone
+    tab.evaluate("() => document.querySelector('#plot').scrollIntoView()")  # a mouse reaches what is on the screen
     tab.mouse.click(*tab.evaluate("i => edgelab.place(i)", at))
     assert state_of(tab)["chosen"] == sweep["id"][at]
     tab.click("#brush")
